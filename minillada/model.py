@@ -8,14 +8,13 @@ Shapes: B batch, T sequence, S keys, H heads, D head width, C model width, F fee
 E experts.
 """
 
-import math
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import BadInput
+from .errors import TINY, BadInput, check_number, check_one_of, check_whole
 
 
 @dataclass(frozen=True)
@@ -74,43 +73,32 @@ class ModelConfig:
 # The largest value each size may have: far above any published model, far below what would hang a machine.
 LIMITS = {"vocab_size": 2**24, "embedding_size": 2**24, "n_layer": 1024, "n_head": 1024, "n_kv_head": 1024}
 LIMITS |= {"d_model": 2**17, "d_head": 2**13, "d_ff": 2**20, "max_len": 2**24, "rotary_dim": 2**13}
+MOE_LIMITS = {"n_expert": 2**13, "d_expert": 2**20, "n_expert_group": 2**13}
 
 
 def check_config(c: ModelConfig) -> None:
     """Raise BadInput for a configuration that describes no model."""
-    for name, limit in LIMITS.items():
-        value = getattr(c, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-            raise BadInput(f"{name}: expected a whole number from 1 to {limit}, got {value!r}; mend the config")
+    for name, limit in (LIMITS | (MOE_LIMITS if c.n_expert else {})).items():
+        check_whole(name, getattr(c, name), 1, limit)
     for name in ("rope_theta", "norm_eps", "router_scale"):
-        value = getattr(c, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
-            raise BadInput(f"{name}: expected a positive finite number, got {value!r}; mend the config")
-    for name in ("mask_id", "eos_id", "pad_id"):
-        value = getattr(c, name)
-        if not (value is None and name != "mask_id") and not (type(value) is int and 0 <= value < c.embedding_size):
-            raise BadInput(f"{name}: expected an id from 0 to {c.embedding_size - 1}, got {value!r}; mend the config")
-    experts = range(1, 2**13)
+        check_number(name, getattr(c, name), TINY)
+    check_one_of("router", c.router, ("softmax", "sigmoid"))
     rules = [
-        (c.pad_id != c.mask_id, "pad_id", f"an id other than mask_id {c.mask_id}", c.pad_id),
-        (c.n_head % c.n_kv_head == 0, "n_kv_head", f"a divisor of n_head {c.n_head}", c.n_kv_head),
-        (c.rotary_dim % 2 == 0 and c.rotary_dim <= c.d_head, "rotary_dim", f"even, at most {c.d_head}", c.rotary_dim),
-        (c.embedding_size >= c.vocab_size, "embedding_size", f"at least vocab_size {c.vocab_size}", c.embedding_size),
-        (c.router in ("softmax", "sigmoid"), "router", "softmax or sigmoid", c.router),
-        (c.n_expert == 0 or c.n_expert in experts, "n_expert", f"0 to {experts.stop - 1}", c.n_expert),
+        ("pad_id", c.pad_id != c.mask_id, f"an id other than mask_id {c.mask_id}"),
+        ("n_kv_head", c.n_head % c.n_kv_head == 0, f"a divisor of n_head {c.n_head}"),
+        ("rotary_dim", c.rotary_dim % 2 == 0 and c.rotary_dim <= c.d_head, f"an even number up to {c.d_head}"),
+        ("embedding_size", c.embedding_size >= c.vocab_size, f"at least vocab_size {c.vocab_size}"),
     ]
     if c.n_expert:
-        rules += [
-            (1 <= c.n_expert_active <= c.n_expert, "n_expert_active", f"1 to {c.n_expert}", c.n_expert_active),
-            (1 <= c.d_expert <= LIMITS["d_ff"], "d_expert", f"1 to {LIMITS['d_ff']}", c.d_expert),
-            (c.n_expert_group >= 1, "n_expert_group", "at least 1", c.n_expert_group),
-            (c.n_expert % max(c.n_expert_group, 1) == 0, "n_expert_group", "a divisor of n_expert", c.n_expert_group),
-            (1 <= c.n_expert_group_active <= c.n_expert_group, "n_expert_group_active", "1 to n_expert_group",
-             c.n_expert_group_active),
-        ]  # fmt: skip
-    for holds, name, expected, got in rules:
+        check_whole("n_expert_active", c.n_expert_active, 1, c.n_expert)
+        check_whole("n_expert_group_active", c.n_expert_group_active, 1, c.n_expert_group)
+        rules += [("n_expert_group", c.n_expert % c.n_expert_group == 0, f"a divisor of n_expert {c.n_expert}")]
+    for name, holds, expected in rules:
         if not holds:
-            raise BadInput(f"{name}: expected {expected}, got {got!r}; mend the config")
+            raise BadInput(f"{name}: expected {expected}, got {getattr(c, name)!r}; mend it")
+    for name in ("mask_id", "eos_id", "pad_id"):
+        if getattr(c, name) is not None or name == "mask_id":
+            check_whole(name, getattr(c, name), 0, c.embedding_size - 1)
 
 
 class KVCache:

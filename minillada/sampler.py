@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .errors import BadInput
+from .errors import TINY, BadInput, check_number, check_one_of, check_whole
 from .model import KVCache, ModelConfig
 from .strategies import COMMITS, SCORES, Rule, draw, guided, named
 
@@ -49,16 +49,15 @@ class SampleConfig:
     stop_ids: tuple[int, ...] | None = None  # None: the model's eos_id
 
     def __post_init__(self) -> None:
-        for name in ("gen_len", "steps", "block_len", "top_k"):
-            value, least = getattr(self, name), 0 if name == "top_k" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise BadInput(f"{name}: expected a whole number >= {least}, got {value!r}; mend it")
-        for name in ("temperature", "cfg_scale", "top_p"):
-            value, most = getattr(self, name), 1.0 if name == "top_p" else math.inf
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
-                raise BadInput(f"{name}: expected a number from 0 to {most}, got {value!r}; mend it")
-            if value == math.inf or (name == "top_p" and value == 0):
-                raise BadInput(f"{name}: expected a positive finite number, got {value!r}; mend it")
+        for name in ("gen_len", "steps", "block_len"):
+            check_whole(name, getattr(self, name), 1)
+        check_whole("top_k", self.top_k, 0)
+        check_number("temperature", self.temperature)
+        check_number("cfg_scale", self.cfg_scale)
+        check_number("top_p", self.top_p, TINY, 1.0)
+        for name, table in (("remasking", SCORES), ("cache", CACHES), ("revise", REVISIONS)):
+            check_one_of(name, getattr(self, name), table)
+        named(COMMITS, "commit", self.commit)
         if self.gen_len % self.block_len:
             near = math.gcd(self.gen_len, self.block_len)
             raise BadInput(f"block_len: expected a divisor of gen_len {self.gen_len}, got {self.block_len}; try {near}")
@@ -66,10 +65,6 @@ class SampleConfig:
         if self.steps % windows:
             near = max(1, self.steps // windows) * windows
             raise BadInput(f"steps: expected a multiple of the {windows} windows, got {self.steps}; try {near}")
-        for table, name in ((SCORES, "remasking"), (CACHES, "cache"), (REVISIONS, "revise")):
-            if getattr(self, name) not in table:
-                raise BadInput(f"{name}: expected one of {', '.join(table)}, got {getattr(self, name)!r}; choose one")
-        named(COMMITS, "commit", self.commit)
 
 
 @dataclass

@@ -5,13 +5,12 @@ one function and one line in a table. Shapes: N holes asked about, V vocabulary,
 """
 
 import inspect
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
 
-from .errors import BadInput
+from .errors import BadInput, check_number, check_one_of
 
 # ---- draw: logits (N,V) -> tokens (N,) ------------------------------------------------------------------------------
 
@@ -143,18 +142,17 @@ COMMITS: dict[str, Callable[..., Rule]] = {
 def named(table: dict[str, Callable], what: str, spec: str) -> Rule:
     """The rule that a user calls "name" or "name:parameter"."""
     name, colon, parameter = spec.partition(":")
-    if name not in table:
-        raise BadInput(f"{what}: expected one of {', '.join(table)}, got {spec!r}; choose one")
+    check_one_of(what, name, table)
     takes = inspect.signature(table[name]).parameters
     if not colon:
         return table[name]()
+    if not takes:
+        raise BadInput(f"{what}: expected {name} without a parameter, got {spec!r}; leave out {colon + parameter!r}")
     try:
         value = float(parameter)
     except ValueError:
-        value = math.nan
-    if not takes or not 0 <= value < math.inf:
-        form = f"{name}:NUMBER with a finite number >= 0" if takes else f"{name} alone"
-        raise BadInput(f"{what}: expected {form}, got {spec!r}; mend the parameter")
+        value = parameter  # no number: refused below
+    check_number(f"{what} {name}", value)
     return table[name](value)
 
 

@@ -1,0 +1,122 @@
+"""Endless little stories whose entropy is known exactly, so that a model's loss can be held against the truth.
+
+A tale is one independent, uniform roll of a die per entry of `GRAMMAR`. A roll picks a row, and every column of that
+row is a word (or a phrase with further {words}) used all through the tale: who the hero is decides every "she" and
+"his", and what was lost in the third sentence is what is found near the end.
+
+Two properties make the entropy exact, and the tests check both. Each roll shows in the text, and no row of an entry
+begins like another one, so a text tells its rolls: the entropy of a tale is that of the dice, the sum of ln(rows).
+And the rolls are independent, so the expected length is a sum of means.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from math import log
+from string import Formatter
+
+NAMES = {
+    "she|her|her|She": "Ada Bea Cleo Dora Edith Flora Greta Hazel Ida June Kitty Lotte Mina Nora Olive Pia",
+    "he|his|him|He": "Abel Ben Caspar Dan Emil Felix Gus Henry Ivo Jack Karl Leo Max Ned Otto Paul",
+}
+
+TALE = "{opening} {treasure} {loss} {meeting} {finding} {ending}"
+
+# The columns of an entry, and its rows: one is chosen, every column with it. Columns are cut at "|".
+GRAMMAR: dict[str, list[str]] = {
+    "name|she|her|him|She": [f"{name}|{words}" for words, names in NAMES.items() for name in names.split()],
+    "trait": ["kind", "brave", "curious", "shy", "clever", "cheerful", "patient", "stubborn", "dreamy", "gentle"],
+    "place": [
+        "by the river", "on the green hill", "behind the mill", "near the old harbour", "under the great oak",
+        "beside the lighthouse", "in the quiet forest", "at the edge of the village", "above the bakery",
+        "where the road ends",
+    ],
+    "colour": ["red", "blue", "green", "yellow", "white", "silver", "purple", "golden", "striped", "spotted"],
+    "thing|lost|found": [
+        "kite|the string snapped and it sailed out of sight|caught in a pear tree",
+        "kite|a gust of wind carried it over the roofs|hanging from the weathercock",
+        "boat|the stream swept it under the bridge|resting against the mill wheel",
+        "boat|a wave pulled it out past the stones|stranded among the reeds",
+        "ball|it bounced over the garden wall|asleep in a bed of pumpkins",
+        "ball|a dog ran off with it|hidden in a kennel, hardly chewed",
+        "lantern|it slipped into the well|shining at the bottom of the bucket",
+        "drum|it rolled down the slope and did not stop|lying in a ditch full of clover",
+        "flute|a magpie took it for a twig|woven into the side of a nest",
+        "hat|the river borrowed it|on the head of a scarecrow downstream",
+        "scarf|the goat ate one end and dragged away the rest|drying on a fence, a little shorter",
+        "music box|a thief with muddy paws crept in|playing softly in a fox's den",
+    ],
+    "weather": ["windy", "grey", "warm", "frosty", "misty", "rainy", "still", "bright"],
+    "time": ["morning", "afternoon", "evening", "day"],
+    "mood": ["sleepy", "grumpy", "tiny", "wise", "merry", "solemn", "plump", "muddy"],
+    "friend": ["hedgehog", "badger", "robin", "toad", "goose", "tortoise", "mole", "squirrel", "rabbit", "heron"],
+    "food": ["honey cake", "slice of pear", "walnut", "bowl of milk", "piece of cheese", "bun", "jam tart", "plum"],
+    "opening": [
+        "Once upon a time a {trait} child named {name} lived {place}.",
+        "Long ago, in a house {place}, there lived a {trait} child called {name}.",
+        "There was once a {trait} child whose name was {name} and whose home was {place}.",
+        "Everyone {place} knew {name}, the {trait} child who whistled all day.",
+    ],
+    "treasure": [
+        "For a whole winter {she} saved {her} pennies to buy a {colour} {thing}.",
+        "On {her} birthday {she} was given a {colour} {thing}.",
+        "Nothing was dearer to {him} than {her} {colour} {thing}.",
+        "Grandmother had made {him} a {colour} {thing}, and {she} took it everywhere.",
+    ],
+    "loss": [
+        "One {weather} {time}, {lost}.",
+        "But on a {weather} {time}, {lost}, and {name} could only stare.",
+        "Then came a {weather} {time}: {lost}. {She} searched until the stars came out.",
+        "It was a {weather} {time} when it happened: {lost}. {She} cried a little, and then {she} dried {her} eyes.",
+    ],
+    "meeting": [
+        "A {mood} {friend} came by and offered to help for a {food}.",
+        "Behind a hedge sat a {mood} {friend} who had seen it all and would tell it for a {food}.",
+        '"I know where it is," said a {mood} {friend}, "but thinking of a {food} makes me forget."',
+    ],
+    "finding": [
+        "Together they found the {thing}, {found}.",
+        "By sunset they saw it at last: the {colour} {thing}, {found}.",
+        "At the end of a long path was the {colour} {thing}, {found}.",
+    ],
+    "ending": [
+        "So {name} shared the {food} with the {friend} and walked home singing.",
+        "And {name} kept {her} promise: the {friend} ate the {food} in one bite.",
+        "Since then there is always a {food} {place} for a {mood} {friend}.",
+        "That night {name} slept with the {thing} beside {him}, and the {friend} dreamed of another {food}.",
+    ],
+}  # fmt: skip
+
+
+def tell(rolls: Mapping[str, str]) -> str:
+    """The tale of one row per entry of `GRAMMAR`, without a line end."""
+    words = {}
+    for columns, row in rolls.items():
+        words |= zip(columns.split("|"), row.split("|"), strict=True)
+    tale = TALE
+    while "{" in tale:  # phrases hold further words
+        tale = tale.format(**words)
+    return tale
+
+
+def tales(seed: int, n: int) -> Iterator[str]:
+    """The first `n` tales of `seed`: independent, six or seven sentences each, without a line end."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        yield tell({columns: rng.choice(rows) for columns, rows in GRAMMAR.items()})
+
+
+def expected_length(template: str) -> float:
+    """The mean number of characters a template becomes: its own letters plus, for each {word}, the mean of its rows."""
+    total = 0.0
+    for letters, word, _, _ in Formatter().parse(template):
+        total += len(letters)
+        for columns, rows in GRAMMAR.items():
+            if word in columns.split("|"):
+                column = columns.split("|").index(word)
+                total += sum(expected_length(row.split("|")[column]) for row in rows) / len(rows)
+    return total
+
+
+def entropy_per_character() -> float:
+    """Nats per character of the endless text of tales, each followed by a line end: H(tale) / E[length + 1]."""
+    return sum(log(len(rows)) for rows in GRAMMAR.values()) / (expected_length(TALE) + 1)
