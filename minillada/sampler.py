@@ -59,8 +59,10 @@ class SampleConfig:
             check_one_of(name, getattr(self, name), table)
         named(COMMITS, "commit", self.commit)
         if self.gen_len % self.block_len:
-            near = math.gcd(self.gen_len, self.block_len)
-            raise BadInput(f"block_len: expected a divisor of gen_len {self.gen_len}, got {self.block_len}; try {near}")
+            divisors = [d for d in range(self.gen_len, 0, -1) if self.gen_len % d == 0]
+            near = min(divisors, key=lambda d: abs(d - self.block_len))
+            expected = f"a divisor of gen_len {self.gen_len}"
+            raise BadInput(f"block_len: expected {expected}, got {self.block_len}; try {near}")
         windows = self.gen_len // self.block_len
         if self.steps % windows:
             near = max(1, self.steps // windows) * windows

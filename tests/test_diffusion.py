@@ -214,7 +214,13 @@ def test_one_batch_in_a_hundred_is_cut_to_a_random_length():
 
 @pytest.mark.parametrize(
     ("prompt", "answer", "what"),
-    [([1], [], "answer"), ([1], [15], "token"), ([-1], [2], "token"), ([16], [2], "token"), ([1] * 5000, [2], "prompt")],
+    [
+        ([1], [], "answer"),
+        ([1], [15], "token"),
+        ([-1], [2], "token"),
+        ([16], [2], "token"),
+        ([1] * 5000, [2], "prompt"),
+    ],
 )
 def test_a_pair_without_a_likelihood_is_refused(prompt, answer, what):
     with pytest.raises(BadInput, match=f"^{what}.*expected"):
