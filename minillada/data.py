@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 from .errors import BadInput, BadLuck
+from .files import one_line, replacing, write_file, write_json
 from .tales import tales
-from .tokenizer import Tokenizer, refuse_surrogates, replacing
+from .tokenizer import Tokenizer, refuse_surrogates
 
 CHUNK = 1 << 18  # bytes of a file, and so at most characters, that are worked on at a time
 MAX_LINE = 1 << 26  # bytes of one JSONL line: it must be parsed whole
@@ -69,8 +70,7 @@ def shakespeare(url: str = SHAKESPEARE) -> Iterator[str]:
             raise BadLuck(f"shakespeare: expected to download {url}, got {error}; {by_hand}") from None
         if not is_shakespeare(data):
             raise BadLuck(f"shakespeare: expected {SHAKESPEARE_SIZE} known bytes, got others from {url}; {by_hand}")
-        with replacing(path) as file:
-            file.write(data)
+        write_file(path, [data])
     yield from plain_text(path)
 
 
@@ -130,10 +130,8 @@ def without_nul(text: str, where: str) -> str:
 
 
 def opened(path: Path) -> BinaryIO:
-    try:
+    with one_line(f"{path}: expected a readable file", "check its permissions"):
         return open(path, "rb")
-    except OSError as error:
-        raise BadLuck(f"{path}: expected a readable file, got {error.strerror}; check its permissions") from None
 
 
 def documents(source: Source, field: str = "text") -> Iterator[Iterable[str]]:
@@ -172,6 +170,32 @@ def read_text(source: Source, field: str = "text") -> Iterator[str]:
     return chain.from_iterable(documents(source, field))
 
 
+def training_part(characters: int) -> int:
+    """How many of a text's characters are trained on; the rest, the last tenth, validates."""
+    return characters * 9 // 10
+
+
+def make_tokenizer(kind: str, source: Source, field: str = "text") -> Tokenizer:
+    """`characters` (of the whole text), `bytes`, or `bpe:SIZE` (merges learned from the training part alone)."""
+    name, _, size = kind.partition(":")
+    if kind == "characters":
+        return Tokenizer.characters(read_text(source, field))
+    if kind == "bytes":
+        return Tokenizer.bytes()
+    if name != "bpe" or not size.isdigit():
+        raise BadInput(f"tokenizer: expected characters, bytes or bpe:SIZE, got {kind!r}; choose one")
+    return Tokenizer.bpe(training_text(source, field), int(size))
+
+
+def training_text(source: Source, field: str = "text") -> Iterator[str]:
+    """`read_text` without the last tenth of its characters."""
+    left = training_part(sum(map(len, read_text(source, field))))
+    for chunk in read_text(source, field):
+        if left > 0:
+            yield chunk[:left]
+        left -= len(chunk)
+
+
 # ---- ids on disk
 
 
@@ -196,7 +220,7 @@ def tokenise(
     """
     fingerprint, characters = survey(source, tokenizer, field)
     base = Path(directory) / fingerprint[:16]  # another text or tokenizer has other files: none is ever overwritten
-    counts = whole(base) or write_tokens(source, tokenizer, base, characters * 9 // 10, field)
+    counts = whole(base) or write_tokens(source, tokenizer, base, training_part(characters), field)
     for part in ("train", "val"):
         found = counts[part]["tokens"]
         if found < length:
@@ -253,8 +277,7 @@ def write_tokens(source: Source, tokenizer: Tokenizer, base: Path, cut: int, fie
                     if text:
                         write(part, tokenizer.encode(text), text)
                 cut = max(cut - len(chunk), 0)
-    with replacing(base.with_suffix(".json")) as file:
-        file.write(json.dumps(counts, indent=2).encode())
+    write_json(base.with_suffix(".json"), counts)
     return counts
 
 

@@ -35,9 +35,6 @@ class Noised(NamedTuple):
         return Noised(*(x.to(device) for x in self))
 
 
-# ---- masking levels -------------------------------------------------------------------------------------------------
-
-
 def sample_t(n: int, rng: Generator, stratified: bool = True) -> Tensor:
     """n masking levels (n,) in (0,1]: independent, or one from each of n equal slices (MDLM's "antithetic")."""
     u = torch.rand(n, generator=rng)
@@ -57,9 +54,6 @@ def cosine(t: Tensor) -> tuple[Tensor, Tensor]:
 
 # name -> t -> (p_mask = 1 - alpha, weight = -alpha' / (1 - alpha)). The bound is the same for all, its variance is not.
 SCHEDULES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"linear": linear, "cosine": cosine}
-
-
-# ---- forward processes ----------------------------------------------------------------------------------------------
 
 
 def bernoulli(
@@ -107,9 +101,6 @@ PROCESSES: dict[str, Callable[..., Noised]] = {
 }
 
 
-# ---- the bound and the loss -----------------------------------------------------------------------------------------
-
-
 def nll_bound(logits: Tensor, x0: Tensor, noised: Noised) -> Tensor:
     """One-sample estimate (B,) of the upper bound on -log p(x0), in nats per row.
 
@@ -136,9 +127,6 @@ def random_length(x0: Tensor, rng: Generator, share: float = 0.01) -> Tensor:
     """Cut 1 % of the batches to a random length, so that short inputs are familiar too (LLaDA, section 2.2)."""
     cut, length = torch.rand(2, generator=rng).tolist()
     return x0[:, : 1 + int(length * x0.shape[1])] if cut < share else x0
-
-
-# ---- likelihood -----------------------------------------------------------------------------------------------------
 
 
 def check_pair(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> None:

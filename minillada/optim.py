@@ -1,6 +1,7 @@
 """How a training step is taken: optimisers, the learning rate's course, and the precision of the arithmetic."""
 
 import time
+from functools import partial
 
 import torch
 from torch import Generator, nn
@@ -11,13 +12,18 @@ from .presets import TrainConfig
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for everything else; the first is what makes three minutes enough."""
-    muon = [p for p in model.blocks.parameters() if p.dim() == 2]
-    chosen = set(muon)
+    """Muon for the matrices of the blocks and AdamW for the rest, or AdamW for both; the matrices come first.
+
+    Muon (arXiv:2502.16982) makes every update orthogonal; here that is what makes three minutes enough.
+    """
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]  # not stacked experts: Muon wants plain ones
+    chosen = set(matrices)
     rest = [p for p in model.parameters() if p not in chosen]
+    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95))
+    first = torch.optim.Muon if config.optimizer == "muon" else adamw
     return [
-        torch.optim.Muon(muon, lr=config.lr, weight_decay=config.weight_decay),
-        torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        first(matrices, lr=config.lr, weight_decay=config.weight_decay),
+        adamw(rest, lr=config.adam_lr, weight_decay=0.0),
     ]
 
 

@@ -54,8 +54,9 @@ class TrainConfig:
     minutes: float | None = None  # instead of steps: then the result depends on the machine's speed
     batch_size: int | None = None
     length: int | None = None  # tokens of context
-    lr: float = 0.02  # of Muon, for the matrices inside the blocks
-    adam_lr: float = 0.003  # of AdamW, for the rest: embedding, head, norms
+    optimizer: str = "muon"  # of the matrices inside the blocks: muon | adamw
+    lr: float = 0.01  # of that
+    adam_lr: float = 0.003  # of AdamW for the rest: embedding, head, norms
     weight_decay: float = 0.1  # of the matrices
     warmup: float = 0.02  # share of the training over which the rate rises
     decay: float = 0.4  # share over which it falls to zero at the end
@@ -85,5 +86,6 @@ class TrainConfig:
             check_number(name, getattr(self, name), TINY)
         for name in ("warmup", "decay", "weight_decay"):
             check_number(name, getattr(self, name), 0, 1)
+        check_one_of("optimizer", self.optimizer, ("muon", "adamw"))
         check_one_of("process", self.process, PROCESSES)
         check_one_of("precision", self.precision, ("auto", "float32", "bfloat16"))

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
 
 from .checkpoint import load
-from .data import Tokens, batches, cache_dir, read_text, tokenise, validation_batch
+from .data import Tokens, batches, cache_dir, make_tokenizer, tokenise, validation_batch
 from .diffusion import PROCESSES, log_likelihoods, pretraining_loss, random_length, sample_t
 from .errors import BadInput, BadLuck
 from .model import LLaDA, ModelConfig
@@ -40,16 +41,6 @@ class TrainStep(NamedTuple):
     notices: tuple[str, ...]  # lines that a user should see, once
 
 
-def make_tokenizer(config: TrainConfig) -> Tokenizer:
-    kind, _, size = config.tokenizer.partition(":")
-    if kind == "bpe" and size.isdigit():
-        return Tokenizer.bpe(read_text(config.data), int(size))
-    made = {"characters": lambda: Tokenizer.characters(read_text(config.data)), "bytes": Tokenizer.bytes}
-    if config.tokenizer not in made:
-        raise BadInput(f"tokenizer: expected characters, bytes or bpe:SIZE, got {config.tokenizer!r}; choose one")
-    return made[config.tokenizer]()
-
-
 def make_model(config: TrainConfig, tokenizer: Tokenizer, rng: Generator) -> LLaDA:
     ids = {"mask_id": tokenizer.mask_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     model = LLaDA(ModelConfig(vocab_size=tokenizer.vocab_size, max_len=config.length, **ids, **config.model))
@@ -69,12 +60,7 @@ def validation_bound(model: nn.Module, text: Tokens, config: TrainConfig, precis
 
 
 def update(
-    model: LLaDA,
-    optimizers: list[torch.optim.Optimizer],
-    x0: Tensor,
-    config: TrainConfig,
-    precision: str,
-    rng: Generator,
+    model: LLaDA, optimizers: list[Optimizer], x0: Tensor, config: TrainConfig, precision: str, rng: Generator
 ) -> tuple[float, float]:
     """One optimiser step on x0 (B,T): the loss in nats per token and the gradient's norm before clipping."""
     noised = PROCESSES[config.process](x0, model.config.mask_id, sample_t(len(x0), rng), rng)
@@ -100,7 +86,7 @@ def train(
         run = stack.enter_context(Run.resume(resume)) if resume is not None else None
         config = TrainConfig(**run.config) if run else config or TrainConfig()
         saved = load_state(run.newest) if run else None
-        tokenizer = Tokenizer.load(run.newest) if run else make_tokenizer(config)
+        tokenizer = Tokenizer.load(run.newest) if run else make_tokenizer(config.tokenizer, config.data)
         text = tokenise(config.data, tokenizer, cache_dir() / "tokens", config.length)
         rng = Generator().manual_seed(config.seed)
         if saved:
@@ -139,7 +125,7 @@ def train(
                     states = [optimizer.state_dict() for optimizer in optimizers]
                     state = {"step": step, "seconds": seconds, "precision": precision, "text": text.fingerprint}
                     run.save(step, model, tokenizer, state | {"optimizers": states, "rng": rng_state(data=rng)})
-            yield TrainStep(**record, model=model, tokenizer=tokenizer, text=text, config=config, notices=tuple(notices))
-            notices = ()
+            yield TrainStep(*record.values(), model, tokenizer, text, config, tuple(notices))
+            notices = []
             if last:
                 return
