@@ -12,13 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
 
-from minillada import checkpoint
+from minillada import checkpoint, files
 from minillada.model import LLaDA, ModelConfig
 from minillada.sampler import SampleConfig, generate
+from minillada.schemes import SCHEMES, SIDE, write_config
 
 MODELS = {
     "llada-8b": dict(
@@ -38,26 +40,26 @@ def make(config: ModelConfig, home: Path, ours: bool) -> None:
     home.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = LLaDA(config).bfloat16()
-    scheme, raw, side = checkpoint.write_config(config)
-    plan, meta = checkpoint.plan_tensors(model, checkpoint.SCHEMES[scheme]), checkpoint.weights(model)
+    scheme, raw, side = write_config(config)
+    plan = checkpoint.plan_tensors(model, SCHEMES[scheme])
     noise = torch.randn(1 << 24).mul_(0.02).bfloat16()
-    shards = checkpoint.group(plan, meta, SHARD)
+    shards = checkpoint.group(plan, SHARD)
     entries = {}
     for file, names in shards.items():
-        state = {key: torch.empty_like(meta[key], device="cpu") for name in names for key, _ in plan[name]}
-        for tensor in state.values():
+        parts = {name: [torch.empty_like(part, device="cpu") for part in plan[name]] for name in names}
+        for tensor in chain.from_iterable(parts.values()):
             for i, part in enumerate(tensor.flatten().split(len(noise))):
                 part.copy_(noise.roll(i)[: len(part)] if tensor.dim() > 1 else torch.ones(len(part)))
-        entries[file] = checkpoint.write_file(home / file, checkpoint.shard(names, plan, state))
+        entries[file] = files.write_file(home / file, checkpoint.shard(names, parts))
         print(f"wrote {file}: {entries[file]['bytes'] / 1e9:.2f} GB", flush=True)
     if len(shards) > 1:
         index = {"weight_map": {name: file for file, names in shards.items() for name in names}}
         (home / checkpoint.INDEX).write_text(json.dumps(index))
     (home / "config.json").write_text(json.dumps(raw))
     if side:
-        (home / checkpoint.SIDE).write_text(json.dumps(side))
+        (home / SIDE).write_text(json.dumps(side))
     if ours:
-        checkpoint.write_manifest(home, entries)
+        files.write_manifest(home, entries)
 
 
 def evict(home: Path) -> bool:

@@ -9,20 +9,20 @@ from .errors import TINY, check_number, check_one_of, check_whole
 
 PRESETS: dict[str, dict[str, dict]] = {
     "nano": {  # seconds on two cores
-        "model": {"n_layer": 2, "n_head": 2, "d_model": 64, "d_ff": 176, "rope_theta": 10_000.0},
-        "train": {"steps": 200, "batch_size": 16, "length": 64, "tokenizer": "bpe:512"},
+        "model": {"n_layer": 2, "n_head": 2, "d_model": 64, "d_ff": 176, "rope_theta": 100.0},
+        "train": {"steps": 300, "batch_size": 8, "length": 64, "tokenizer": "bpe:512"},
     },
     "tiny": {  # three minutes on two cores
-        "model": {"n_layer": 4, "n_head": 3, "d_model": 192, "d_ff": 512, "rope_theta": 10_000.0},
-        "train": {"steps": 1200, "batch_size": 16, "length": 128, "tokenizer": "bpe:512"},
+        "model": {"n_layer": 4, "n_head": 3, "d_model": 192, "d_ff": 512, "rope_theta": 100.0},
+        "train": {"steps": 2000, "batch_size": 8, "length": 128, "tokenizer": "bpe:2048"},
     },
     "tiny-moe": {  # as many active parameters as `tiny`
-        "model": {"n_layer": 4, "n_head": 3, "d_model": 192, "d_ff": 512, "rope_theta": 10_000.0}
+        "model": {"n_layer": 4, "n_head": 3, "d_model": 192, "d_ff": 512, "rope_theta": 100.0}
         | {"n_expert": 8, "n_expert_active": 2, "d_expert": 256},
-        "train": {"steps": 1200, "batch_size": 16, "length": 128, "tokenizer": "bpe:512"},
+        "train": {"steps": 2000, "batch_size": 8, "length": 128, "tokenizer": "bpe:2048"},
     },
     "small": {  # an hour on a laptop's GPU
-        "model": {"n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1024, "rope_theta": 10_000.0},
+        "model": {"n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1024, "rope_theta": 100.0},
         "train": {"steps": 10_000, "batch_size": 64, "length": 256, "tokenizer": "bpe:2048"},
     },
     # LLaDA, arXiv:2502.09992, table 5

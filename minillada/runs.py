@@ -17,27 +17,24 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, files
 from .errors import BadInput, BadLuck
+from .files import LEFTOVER, checkpoints_of, newest_checkpoint, one_line, temporary
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
     import msvcrt
-
-LEFTOVER = ".*.tmp"  # names of this form alone are left behind by a kill; resume sweeps them
 
 
 class Run(AbstractContextManager):
@@ -51,11 +48,15 @@ class Run(AbstractContextManager):
         with one_line(f"run directory: expected to write in {directory}", "choose another --out"):
             directory.mkdir(parents=True, exist_ok=True)
             self._lock = open(directory / ".lock", "ab")  # noqa: SIM115 (close() closes it)
-        with one_line(f"run directory: expected no other process in {directory}", "wait for it", undo=self.close):
-            if fcntl:  # either lock goes when the process ends, however it ends
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                msvcrt.locking(self._lock.fileno(), msvcrt.LK_NBLCK, 1)
+        with one_line(f"run directory: expected to lock {directory}", "choose another --out", undo=self.close):
+            try:
+                if fcntl:  # either lock goes when the process ends, however it ends
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                else:
+                    msvcrt.locking(self._lock.fileno(), msvcrt.LK_NBLCK, 1)
+            except (BlockingIOError, PermissionError):  # as POSIX and as Windows say it
+                what = f"run directory: expected no other process in {directory}, got one that holds its lock"
+                raise BadLuck(f"{what}; wait for it or choose another --out") from None
 
     @classmethod
     def create(cls, directory: str | Path, config: dict) -> "Run":
@@ -65,9 +66,9 @@ class Run(AbstractContextManager):
         run = cls(directory)
         with one_line(f"run directory: expected to write in {directory}", "choose another --out", undo=run.close):
             refuse_occupied(directory)  # and again, for another process may have come and gone
-            checkpoint.write_file(directory / "run.json", [json.dumps(config, indent=2, allow_nan=False).encode()])
+            files.write_json(directory / "run.json", config)
             run.checkpoints.mkdir()
-            checkpoint.sync_directory(directory)
+            files.sync_directory(directory)
             run.config = config
         return run
 
@@ -83,7 +84,7 @@ class Run(AbstractContextManager):
             raise BadInput(f"run directory: expected one with a run.json, got {directory}; check its name")
         run = cls(directory)
         with one_line(f"run directory: expected to read and write {directory}", "mend that", undo=run.close):
-            run.config = checkpoint.read_json(directory / "run.json", checkpoint.CONFIG_CAP)
+            run.config = files.read_json(directory / "run.json", files.CONFIG_CAP)
             run.newest, damaged = newest_checkpoint(directory)
             if run.newest is None:
                 found = "; ".join(damaged.values()) or "none"
@@ -117,22 +118,22 @@ class Run(AbstractContextManager):
         target = self.checkpoints / f"step-{step:08d}"
         if target.exists():
             return target
-        draft = self.checkpoints / f".{target.name}.tmp"
+        draft = temporary(target)
         tensors: dict[str, Tensor] = {}
         document = json.dumps(split(state, tensors), allow_nan=False).encode()
-        check_space(self.directory, sum(t.nbytes for t in (*model.state_dict().values(), *tensors.values())))
+        files.check_space(self.directory, sum(t.nbytes for t in (*model.state_dict().values(), *tensors.values())))
         with one_line(f"checkpoint: expected to write {target}", "make room and resume", undo=lambda: discard(draft)):
             draft.mkdir()
             checkpoint.save(model, draft, tokenizer)
-            hashed = checkpoint.read_json(draft / checkpoint.MANIFEST, checkpoint.CONFIG_CAP)["files"]
+            hashed = files.read_json(draft / files.MANIFEST, files.CONFIG_CAP)["files"]
             save_file(tensors, draft / "optimizer.safetensors")
-            hashed["state.json"] = checkpoint.write_file(draft / "state.json", [document])
+            hashed["state.json"] = files.write_file(draft / "state.json", [document])
             flush(draft / "optimizer.safetensors")  # the other writers flush their own files,
-            checkpoint.write_manifest(draft, hashed)  # and this one the draft's names too
+            files.write_manifest(draft, hashed)  # and this one the draft's names too
             if self.log_file.exists():
                 flush(self.log_file)  # no log ends before its checkpoint
             os.replace(draft, target)
-            checkpoint.sync_directory(self.checkpoints)
+            files.sync_directory(self.checkpoints)
         self.newest = target
         for old in checkpoints_of(self.directory)[:-keep]:
             if step_of(old) != best:
@@ -147,25 +148,8 @@ class Run(AbstractContextManager):
         self.close()
 
 
-def checkpoints_of(directory: Path) -> list[Path]:
-    """The checkpoints of a run, whole or not, oldest first."""
-    return sorted((directory / "checkpoints").glob("step-" + 8 * "[0-9]"))
-
-
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def newest_checkpoint(directory: str | Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint whose manifest matches, or None, and what is wrong with the later ones. Changes nothing."""
-    damaged: dict[Path, str] = {}
-    for path in reversed(checkpoints_of(Path(directory))):
-        try:
-            checkpoint.verify_manifest(path)
-            return path, damaged
-        except (BadInput, BadLuck) as error:  # noqa: PERF203
-            damaged[path] = str(error)
-    return None, damaged
 
 
 def load_state(path: str | Path) -> dict:
@@ -174,7 +158,7 @@ def load_state(path: str | Path) -> dict:
     with one_line(f"checkpoint: expected a training state in {path}", "use a checkpoint of a run"):
         # Cloned: load_file maps the file, and Windows keeps a mapped file from being deleted.
         tensors = {name: t.clone() for name, t in load_file(path / "optimizer.safetensors").items()}
-        return join(checkpoint.read_json(path / "state.json", checkpoint.INDEX_CAP), tensors)
+        return join(files.read_json(path / "state.json", files.INDEX_CAP), tensors)
 
 
 def split(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
@@ -249,13 +233,6 @@ def refuse_occupied(directory: Path) -> None:
         raise BadInput(f"run directory: expected a new or empty one, got {directory}; add --resume or another --out")
 
 
-def check_space(directory: Path, size: int) -> None:
-    """Raise BadLuck unless 1.2 times `size` bytes are free."""
-    free, needed = shutil.disk_usage(directory).free / 1e6, 1.2 * size / 1e6
-    if free < needed:
-        raise BadLuck(f"disk: expected {needed:.1f} MB free in {directory}, got {free:.1f} MB; make room and resume")
-
-
 def flush(file: Path) -> None:
     """Have the disk hold a file's bytes before anything that follows."""
     with open(file, "r+b") as f:  # Windows flushes only what is open for writing
@@ -264,7 +241,7 @@ def flush(file: Path) -> None:
 
 def discard(path: Path) -> None:
     """Remove what is ours, if that can be: renamed first, so that a kill never leaves half of a checkpoint."""
-    doomed = path if path.match(LEFTOVER) else path.with_name(f".{path.name}.tmp")
+    doomed = path if path.match(LEFTOVER) else temporary(path)
     with suppress(OSError):
         os.replace(path, doomed)
         doomed.unlink() if doomed.is_file() else shutil.rmtree(doomed)
@@ -284,16 +261,3 @@ def truncate_log(file: Path, step: int) -> None:
                 break
             end += len(line)
     os.truncate(file, end)  # one system call: the log is the old one or the new one
-
-
-@contextmanager
-def one_line(expected: str, fix: str, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """On any failure, Ctrl-C too, call undo; turn a fault of the environment into one line of BadLuck."""
-    try:
-        yield
-    except BaseException as error:
-        undo()
-        if isinstance(error, BadLuck) or not isinstance(error, (OSError, SafetensorError)):
-            raise
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise BadLuck(f"{expected}, got {reason}; {fix}") from error

@@ -4,16 +4,15 @@ Ids are plain lists of int. Text is never altered (no lower-casing, no CRLF chan
 a typed "[MASK]" is six ordinary characters, unless `encode_with_masks` is asked to read it as a hole.
 """
 
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from .errors import BadInput, BadLuck, check_whole
+from .files import one_line, write_file
 
 # The strings that known models use for each role, ours first; LLaDA and LLaDA-MoE pad with their end of text.
 KNOWN = {
@@ -31,42 +30,13 @@ HARMLESS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 for first, last in [(0x80, 0x9F), (0x200E, 0x200F), (0x2028, 0x202E), (0x2066, 0x2069), (0xD800, 0xDFFF)]:
     HARMLESS |= dict.fromkeys(range(first, last + 1), 0xFFFD)
 
+# The library raises bare `Exception`s, and its panics are not even those.
+no_panic = partial(one_line, faults=BaseException)
+
 
 def display(text: str) -> str:
     """The text with everything a terminal would obey made visible and harmless; newlines and tabs stay."""
     return text.translate(HARMLESS)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write `path` whole or not at all: a temporary file beside it, flushed, renamed at the end. Raises BadLuck."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except BadLuck:
-        raise
-    except OSError as error:
-        raise BadLuck(f"{path}: expected to write it, got {error.strerror}; free space or move elsewhere") from None
-
-
-@contextmanager
-def one_line(what: str, expected: str, fix: str) -> Iterator[None]:
-    """The library raises bare `Exception`s, and its panics are not even those: both become BadInput."""
-    try:
-        yield
-    except (BadInput, OSError, MemoryError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{what}: expected {expected}, got {display(reason)!r}; {fix}") from None
 
 
 class Tokenizer:
@@ -126,7 +96,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=OURS, initial_alphabet=alphabet, show_progress=False
         )
-        with one_line("text", "Unicode text to train on", "mend the text"):
+        with no_panic("text: expected Unicode text to train on", "mend the text"):
             inner.train_from_iterator(text_chunks, trainer)
         return cls(inner)
 
@@ -138,18 +108,14 @@ class Tokenizer:
         """
         path = Path(path_or_dir)
         path = path / "tokenizer.json" if path.is_dir() else path
-        try:
+        with one_line(f"{path}: expected a readable file", "check its permissions"):
             if not path.is_file():  # a FIFO would block
                 raise BadLuck(f"{path}: expected a tokenizer.json, got no such file; give the directory that holds one")
             with open(path, "rb") as file:
                 data = file.read(MAX_FILE + 1)
-        except BadLuck:
-            raise
-        except OSError as error:
-            raise BadLuck(f"{path}: expected a readable file, got {error.strerror}; check its permissions") from None
         if len(data) > MAX_FILE:
             raise BadInput(f"{path}: expected at most {MAX_FILE} bytes, got more; is it a tokenizer.json?")
-        with one_line(str(path), "a valid tokenizer.json", "download or make it again"):
+        with no_panic(f"{path}: expected a valid tokenizer.json", "download or make it again"):
             return cls(tokenizers.Tokenizer.from_buffer(data), special)
 
     def to_json(self) -> str:
@@ -158,8 +124,7 @@ class Tokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Write `directory/tokenizer.json`, whole or not at all. Raises BadLuck."""
-        with replacing(Path(directory) / "tokenizer.json") as file:
-            file.write(self.to_json().encode())
+        write_file(Path(directory) / "tokenizer.json", [self.to_json().encode()])
 
     def encode(self, text: str) -> list[int]:
         """The ids of the text, nothing added in front or behind. Raises BadInput for text outside the vocabulary."""
@@ -171,7 +136,7 @@ class Tokenizer:
             return [self._encode_characters(text) for text in texts]
         for text in texts:
             refuse_surrogates(text)
-        with one_line("text", "text this tokenizer can encode", "use another text or tokenizer"):
+        with no_panic("text: expected text this tokenizer can encode", "use another text or tokenizer"):
             rows = [e.ids for e in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
         untypeable = self.special_ids - {self.unk_id}
         for row in rows:  # some vocabularies also hold "[MASK]" as a word
@@ -206,7 +171,7 @@ class Tokenizer:
             raise BadInput(f"ids: expected 0 to {self.vocab_size - 1}, got {strange}; is it this model's tokenizer?")
         if skip_special:
             ids = [id for id in ids if id not in self.special_ids]
-        with one_line("ids", "ids this tokenizer can decode", "check tokenizer.json"):
+        with no_panic("ids: expected ids this tokenizer can decode", "check tokenizer.json"):
             return self.inner.decode(ids, skip_special_tokens=False)
 
     def token(self, id: int) -> str:

@@ -1,8 +1,9 @@
 """Hugging Face directories ↔ the module: what is loaded answers like the original, what is saved is the same again."""
 
 import json
+import os
+import subprocess
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from minillada import checkpoint
 from minillada.errors import BadInput, BadLuck
 from minillada.model import LLaDA, ModelConfig
+from minillada.schemes import LLAMA, SCHEMES, read_config, write_config
 from minillada.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -142,10 +144,9 @@ def test_llama_style_names_are_read(tmp_path):
     keys |= {"intermediate_size": 24, "tie_word_embeddings": False, "max_position_embeddings": 32, "vocab_size": 40}
     keys |= {"rope_theta": 500000.0, "rms_norm_eps": 1e-5, "hidden_act": "silu", "eos_token_id": 38}
     (tmp_path / "config.json").write_text(json.dumps(keys))
-    plan = checkpoint.plan_tensors(model, checkpoint.LLAMA)
+    plan = checkpoint.plan_tensors(model, LLAMA)
     assert "model.layers.1.self_attn.o_proj.weight" in plan
-    state = checkpoint.weights(model)
-    save_file({name: state[ours].contiguous() for name, [(ours, _)] in plan.items()}, tmp_path / "model.safetensors")
+    save_file({name: part.contiguous() for name, [part] in plan.items()}, tmp_path / "model.safetensors")
     with pytest.raises(BadInput, match="mask_id"):
         checkpoint.load(tmp_path)
     loaded, _ = checkpoint.load(tmp_path, mask_id=39)
@@ -160,8 +161,29 @@ def test_published_models_without_ids_get_the_published_ones(size, mask_id, eos_
     for key in ("mask_token_id", "eos_token_id", "pad_token_id"):
         del keys[key]
     (tmp_path / "config.json").write_text(json.dumps(keys))
-    _, config = checkpoint.read_config(tmp_path, None, None)
+    _, config = read_config(tmp_path, None, None)
     assert (config.mask_id, config.eos_id) == (mask_id, eos_id)
+
+
+PUBLISHED = {  # tensors, parameters and scheme of the real models
+    "LLaDA-8B": (291, 8_015_581_184, "LLaDA", dict(vocab_size=126464, n_layer=32, n_head=32, d_model=4096, d_ff=12288)),
+    "LLaDA-MoE-7B-A1B": (3219, 7_357_000_000, "LLaDA-MoE", dict(
+        vocab_size=157184, n_layer=16, n_head=16, d_model=2048, d_ff=8192, qk_norm=True, n_expert=64,
+        n_expert_active=8, d_expert=1024)),
+    "LLaDA2.0-mini": (14813, 16_260_000_000, "LLaDA2", dict(
+        vocab_size=157184, n_layer=20, n_head=16, n_kv_head=4, d_model=2048, d_ff=5120, qk_norm=True, n_expert=256,
+        n_expert_active=8, d_expert=512, d_shared_expert=512, dense_layers=(0,), router="sigmoid", rotary_dim=64,
+        router_renormalise=True, router_scale=2.5, n_expert_group=8, n_expert_group_active=4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensors", "parameters", "scheme", "config"), PUBLISHED.values(), ids=PUBLISHED)
+def test_the_published_models_have_as_many_tensors_and_parameters(tensors, parameters, scheme, config):
+    with torch.device("meta"):
+        model = LLaDA(ModelConfig(mask_id=5, **config))
+    name, _, _ = write_config(model.config)
+    assert name == scheme and len(checkpoint.plan_tensors(model, SCHEMES[name])) == tensors
+    assert model.n_parameters() == pytest.approx(parameters, rel=3e-4)
 
 
 def test_the_tokenizer_comes_along_and_tells_the_mask(tmp_path):
@@ -223,7 +245,7 @@ def test_saving_over_a_model_is_refused(tmp_path):
 @pytest.mark.parametrize("fails_at", range(4))
 def test_a_save_that_fails_leaves_no_debris(fails_at, tmp_path, monkeypatch):
     (tmp_path / "note.txt").write_text("mine")
-    calls, replace = [], checkpoint.os.replace
+    calls, replace = [], os.replace
 
     def full(*paths):
         calls.append(paths)
@@ -231,16 +253,16 @@ def test_a_save_that_fails_leaves_no_debris(fails_at, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         replace(*paths)
 
-    monkeypatch.setattr(checkpoint.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(BadLuck, match="No space left on device"):
         checkpoint.save(make(), tmp_path, shard_bytes=6000)
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
 
 def test_every_file_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
-    events, fsync, replace = [], checkpoint.os.fsync, checkpoint.os.replace
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: (events.append("flush"), fsync(fd)))
-    monkeypatch.setattr(checkpoint.os, "replace", lambda a, b: (events.append(Path(b).name), replace(a, b)))
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("flush"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(Path(b).name), replace(a, b)))
     checkpoint.save(make(), tmp_path / "saved")
     files = ["model.safetensors", "config.json", "manifest.json"]
     assert events[:6] == [event for file in files for event in ("flush", file)]
@@ -275,56 +297,40 @@ def test_the_bar_counts_the_bytes(tmp_path, capsys):
 
 
 MEMORY = """
-import resource, sys, threading, torch
+import resource, sys, torch
 from minillada import checkpoint
 
-checkpoint.load(sys.argv[2])  # a small one: what the interpreter and its threads take is not the weights'
+large, small = sys.argv[1:]
+checkpoint.load(small)  # what the interpreter and its threads take is not the weights'
 status = lambda key: next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
-before = status("VmSize"), status("VmRSS")
-size = checkpoint.check(sys.argv[1]).n_bytes
-limit = before[0] + int(float(sys.argv[3]) * size)
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-dtype = getattr(torch, sys.argv[4]) if len(sys.argv) > 4 else None
+virtual, resident, size = status("VmSize"), status("VmRSS"), checkpoint.check(large).n_bytes
+resource.setrlimit(resource.RLIMIT_AS, (virtual + int(1.2 * size),) * 2)
 try:
-    checkpoint.load(sys.argv[1], dtype=dtype)
+    checkpoint.load(large, dtype=torch.float32)  # twice the bytes
 except OSError as e:
-    sys.exit(f"error: {e}")
-print((status("VmHWM") - before[1]) / size)
+    print(e)
+checkpoint.load(large)
+print((status("VmHWM") - resident) / size)
 """
 
 
-@pytest.fixture(scope="module")
-def large():
-    """A checkpoint of 200 MB in three files, and a small one."""
-    with tempfile.TemporaryDirectory() as home:
-        config = ModelConfig(**SMALL | dict(vocab_size=50_000, d_model=768, d_ff=2048, n_layer=3, n_head=12))
-        with torch.device("meta"):
-            meta = LLaDA(config)
-        meta.load_state_dict({k: torch.zeros(v.shape).bfloat16() for k, v in meta.state_dict().items()}, assign=True)
-        checkpoint.save(meta, Path(home) / "large", shard_bytes=80 * 10**6)
-        checkpoint.save(make(), Path(home) / "small")
-        yield Path(home)
-
-
-def in_memory(home: Path, factor: float, *dtype: str):
+def test_loading_needs_little_more_memory_than_the_weights_and_refuses_what_there_is_not(tmp_path):
+    """Under a limit of 1.2 x the weights: 200 MB in three files, as they are and (refused) in float32."""
     pytest.importorskip("resource", reason="memory limits are a matter of POSIX")
     if not Path("/proc/self/status").exists():
         pytest.skip("memory is measured with Linux's /proc")
-    import subprocess
-
-    command = [sys.executable, "-c", MEMORY, str(home / "large"), str(home / "small"), str(factor), *dtype]
-    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
-
-
-def test_loading_needs_little_more_memory_than_the_weights(large):
-    done = in_memory(large, 1.2)
+    config = ModelConfig(**SMALL | dict(vocab_size=50_000, d_model=768, d_ff=2048, n_layer=3, n_head=12))
+    with torch.device("meta"):
+        model = LLaDA(config)
+    model.load_state_dict({k: torch.zeros(v.shape).bfloat16() for k, v in model.state_dict().items()}, assign=True)
+    checkpoint.save(model, tmp_path / "large", shard_bytes=80 * 10**6)
+    checkpoint.save(make(), tmp_path / "small")
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "large"), str(tmp_path / "small")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1.15
-
-
-def test_more_memory_than_there_is_is_refused_before_it_is_taken(large):
-    done = in_memory(large, 1.2, "float32")
-    assert done.returncode == 1 and "GB free for the weights" in done.stderr and "Traceback" not in done.stderr
+    refused, peak = done.stdout.splitlines()
+    assert refused.startswith("memory on cpu: expected 0.39 GB free for the weights, got 0.2")
+    assert float(peak) < 1.15
 
 
 def read(path: Path) -> dict:

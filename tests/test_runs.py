@@ -17,10 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minillada import checkpoint, runs
+from minillada import checkpoint, files
 from minillada.errors import BadInput, BadLuck
+from minillada.files import newest_checkpoint, verify_manifest
 from minillada.model import LLaDA, ModelConfig
-from minillada.runs import Run, load_state, newest_checkpoint, rng_state, set_rng_state, step_of
+from minillada.runs import Run, load_state, rng_state, set_rng_state, step_of
 from minillada.tokenizer import Tokenizer
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
@@ -217,7 +218,7 @@ def test_a_failing_disk_leaves_the_old_checkpoint_and_no_debris(tmp_path, monkey
             finally:
                 monkeypatch.setattr(os, call, real)
             if names(run.checkpoints) != ["step-00000001"]:  # only the last flush may fail after the rename
-                checkpoint.verify_manifest(run.checkpoints / "step-00000002")
+                verify_manifest(run.checkpoints / "step-00000002")
                 assert names(run.checkpoints) == ["step-00000001", "step-00000002"] and call == "fsync"
                 shutil.rmtree(run.checkpoints / "step-00000002")
         assert survivable > 2, "no call was ever made to fail"
@@ -256,7 +257,7 @@ def test_a_file_size_limit_leaves_the_old_checkpoint_and_no_debris(tmp_path):
 
 def fill_at_every_64_kb(disk: Path) -> None:
     """Save to a disk with 0, 64, 128, … KB left, until it fits. Prints how often it did not."""
-    runs.check_space = lambda *_: None  # it would notice, and nothing would ever fill
+    files.check_space = lambda *_: None  # it would notice, and nothing would ever fill
     state = {"ema": torch.ones(2**18)}  # 1 MB
     with Run.create(disk / "run", {}) as run:
         run.save(1, tiny(), None, state)
@@ -269,7 +270,7 @@ def fill_at_every_64_kb(disk: Path) -> None:
             except BadLuck as error:
                 assert "\n" not in str(error)
             assert names(run.checkpoints) == ["step-00000001"]
-            checkpoint.verify_manifest(run.newest)
+            verify_manifest(run.newest)
     print("full", tries, "times")
 
 
@@ -293,7 +294,7 @@ def test_an_interrupted_save_leaves_no_debris(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with Run.create(tmp_path, {}) as run:
-        monkeypatch.setattr(checkpoint, "write_manifest", interrupt)
+        monkeypatch.setattr(files, "write_manifest", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run.save(1, tiny(), None, {})
         assert not names(run.checkpoints)
@@ -388,12 +389,12 @@ def test_a_second_process_in_the_same_directory_is_refused(tmp_path):
         save_steps(run, 1)
         with pytest.raises(BadLuck) as error:  # a second Run in this process is as bad
             Run.resume(tmp_path)
-        assert "no other process" in one_line_of(error)
+        assert f"no other process in {tmp_path}, got one that holds its lock; wait for it" in one_line_of(error)
     other = start(hold, tmp_path)
     try:
         with pytest.raises(BadLuck) as error:
             Run.resume(tmp_path)
-        assert "no other process" in one_line_of(error)
+        assert f"no other process in {tmp_path}, got one that holds its lock; wait for it" in one_line_of(error)
     finally:
         end(other)
     Run.resume(tmp_path).close()  # a lock does not outlive its process

@@ -1,6 +1,7 @@
 """Text <-> ids: nothing lost, nothing altered, nothing typed that becomes a special token."""
 
 import json
+import os
 import time
 
 import pytest
@@ -179,8 +180,11 @@ def test_a_panic_of_the_library_is_bad_input(tmp_path):
     with pytest.raises(BadInput, match="charsmap"):
         Tokenizer.load(edited(tmp_path, normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}))
     panics = Tokenizer.load(edited(tmp_path, pre_tokenizer={"type": "FixedLength", "length": 0}))
-    with pytest.raises(BadInput, match="chunk size"):
+    with pytest.raises(BadInput, match="chunk size") as error:
         panics.encode("cat")
+    line = str(error.value)
+    assert "\n" not in line and line.startswith("text: expected text this tokenizer can encode, got '")
+    assert line.endswith("; use another text or tokenizer")
 
 
 def test_saving_where_nothing_can_be_written_is_bad_luck_and_leaves_the_old_file(tmp_path, monkeypatch):
@@ -192,7 +196,7 @@ def test_saving_where_nothing_can_be_written_is_bad_luck_and_leaves_the_old_file
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(BadLuck, match="No space left"):
         BYTES.save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "tokenizer.json"]

@@ -1,0 +1,238 @@
+"""Files one can rely on: written whole or not at all, read only if plain, confined and bounded, and hashed in between.
+
+What is read comes from strangers and what is written may meet a full disk, so every fault becomes one line:
+BadInput if a file's content is to blame, BadLuck if the system is.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import reprlib
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PureWindowsPath
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
+
+from .errors import BadInput, BadLuck
+
+MANIFEST = "manifest.json"
+CONFIG_CAP, HEADER_CAP, INDEX_CAP = 1 << 20, 10 << 20, 20 << 20  # bytes of JSON that are parsed
+LEFTOVER = ".*.tmp"  # the form of `temporary` names: after a kill they may lie about, and can be swept
+SYSTEM = (OSError, SafetensorError)  # the second is also what a full disk gives when tensors are written
+
+# ---- Faults, in one line ----
+
+
+def expect(holds: bool, what: str, expected: object, got: object, fix: str) -> None:
+    if not holds:
+        raise BadInput(f"{what}: expected {expected}, got {reprlib.repr(got)}; {fix}")
+
+
+def listed(items: list, most: int = 6) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(str(item)[:200] for item in items[:most]) + more
+
+
+@contextmanager
+def one_line(
+    expected: str, fix: str, faults: type | tuple = SYSTEM, undo: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """Turn a fault into BadLuck if it is the system's, else into BadInput; on any failure, Ctrl-C too, call undo first.
+
+    faults: BaseException where a library may panic, which is no `Exception`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        undo()
+        passes = (BadInput, BadLuck, MemoryError, KeyboardInterrupt, SystemExit)
+        if isinstance(error, passes) or not isinstance(error, faults):
+            raise
+        reason = getattr(error, "strerror", None) or repr(" ".join(str(error).split())[:200])
+        kind = BadLuck if isinstance(error, SYSTEM) else BadInput
+        raise kind(f"{expected}, got {reason}; {fix}") from error
+
+
+# ---- Writing ----
+
+
+def temporary(path: Path) -> Path:
+    """The name beside `path` under which it is made; nobody else's, and hidden."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write `path` whole or not at all: under a temporary name, flushed, renamed at the end. Raises BadLuck."""
+    draft = temporary(path)
+    with one_line(f"{path}: expected to write it", "free the disk or choose another"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(draft, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict:
+    """Write a file whole or not at all; return its manifest entry, {"bytes": n, "sha256": hex}. Raises BadLuck."""
+    digest, size = hashlib.sha256(), 0
+    with replacing(path) as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def write_json(path: Path, document: dict) -> dict:
+    """The same for a JSON object. No newline at the end: the file has not one byte that could be lost unnoticed."""
+    return write_file(path, [json.dumps(document, indent=2, sort_keys=True, allow_nan=False).encode()])
+
+
+def sync_directory(directory: str | Path) -> None:
+    """Flush the names in a directory to disk, where system and file system can."""
+    if os.name != "posix":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def check_space(directory: Path, size: int) -> None:
+    """Raise BadLuck unless 1.2 times `size` bytes are free."""
+    with one_line(f"disk: expected to ask {directory} for its free space", "choose another directory"):
+        free, needed = shutil.disk_usage(directory).free / 1e6, 1.2 * size / 1e6
+    if free < needed:
+        raise BadLuck(f"disk: expected {needed:.1f} MB free in {directory}, got {free:.1f} MB; make room")
+
+
+# ---- Reading ----
+
+
+def confined(directory: Path, name: str) -> Path:
+    """The regular file `name` of a directory, which may be a link into the hub cache's own blobs and nowhere else."""
+    where = f"{directory.name or directory}/{name!r:.200}"
+    if not isinstance(name, str) or name in ("", "..") or PureWindowsPath(name).name != name:
+        raise BadInput(f"{where}: expected the plain name of a file in this directory; mend the file that names it")
+    root = Path(os.path.realpath(directory))
+    try:
+        real = Path(os.path.realpath(directory / name, strict=True))
+        mode = real.stat().st_mode
+    except FileNotFoundError:
+        raise BadLuck(f"{where}: expected a file, found nothing; fetch the checkpoint again") from None
+    except (OSError, ValueError) as e:
+        raise BadLuck(f"{where}: expected a readable file, got {e}; fetch the checkpoint again") from None
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if real.parent not in homes:
+        raise BadInput(f"{where}: expected a file of this directory, got a link that leaves it; copy the file here")
+    if not os.access(real, os.R_OK):
+        raise BadLuck(f"{where}: expected a readable file, got one without permission; change its mode")
+    if not stat.S_ISREG(mode):
+        raise BadInput(f"{where}: expected a regular file, got {stat.filemode(mode)}; put the file there")
+    return real
+
+
+def read_json(path: Path, cap: int) -> dict:
+    """A JSON object of at most cap bytes, in UTF-8, without NaN and without repeated keys."""
+    size = path.stat().st_size
+    if size > cap:
+        raise BadInput(f"{path.name}: expected at most {cap:,} bytes, got {size:,}; fetch it again")
+    return parse_json(path.read_bytes(), path.name)
+
+
+def parse_json(data: bytes, what: str) -> dict:
+    def unique(pairs: list) -> dict:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key that occurs twice")
+        return found
+
+    def refuse(word: str) -> None:
+        raise ValueError(word)
+
+    try:
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise BadInput(f"{what}: expected JSON in UTF-8, got {str(e)[:200]}; fetch it again") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{what}: expected a JSON object, got {type(found).__name__}; fetch it again")
+    return found
+
+
+# ---- Manifests: {"files": {"name": {"bytes": n, "sha256": hex}}} ----
+
+
+def hash_file(path: Path) -> dict:
+    """The manifest entry of a file."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def write_manifest(directory: Path, known: dict[str, dict]) -> None:
+    """Record every file in directory, as the last thing that a save writes. known: entries that need no reading."""
+    names = sorted(path.name for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = {name: known.get(name) or hash_file(directory / name) for name in names if name != MANIFEST}
+    write_json(directory / MANIFEST, {"files": files})
+    sync_directory(directory)
+
+
+def verify_manifest(directory: Path, sizes_only: str | tuple[str, ...] = ()) -> dict[str, dict]:
+    """Compare every file that manifest.json lists with its entry; return the entries. Raises BadInput, BadLuck.
+
+    sizes_only: of files whose names end so, the caller compares the SHA-256, with what it reads anyway.
+    """
+    files = read_json(confined(directory, MANIFEST), CONFIG_CAP).get("files")
+    entries = list(files.values()) if isinstance(files, dict) else [None]
+    if not all(isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} for entry in entries):
+        raise BadInput(f"{MANIFEST}: expected files with bytes and sha256 each; use another checkpoint")
+    for name, entry in files.items():
+        path = confined(directory, name)
+        compare(name, entry, {"bytes": path.stat().st_size})
+        if not name.endswith(sizes_only):
+            compare(name, entry, hash_file(path))
+    return files
+
+
+def compare(name: str, entry: dict, found: dict[str, Any]) -> None:
+    """Raise BadInput unless what was found out about a file is what the manifest says."""
+    for what, got in found.items():
+        if got != entry[what]:
+            expected = f"{what} {entry[what]!r:.80} as in {MANIFEST}"
+            raise BadInput(f"{name}: expected {expected}, got {got!r}; use another checkpoint")
+
+
+# ---- The checkpoints of a run, in RUN/checkpoints/step-00000500 ----
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """All of them, whole or not, oldest first."""
+    return sorted((run / "checkpoints").glob("step-" + 8 * "[0-9]"))
+
+
+def newest_checkpoint(run: str | Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint whose manifest matches, or None, and what is wrong with the later ones. Changes nothing."""
+    damaged: dict[Path, str] = {}
+    for path in reversed(checkpoints_of(Path(run))):
+        try:
+            verify_manifest(path)
+            return path, damaged
+        except (BadInput, OSError) as error:  # noqa: PERF203
+            damaged[path] = str(error)
+    return None, damaged
