@@ -23,11 +23,13 @@ TINY = PRESETS["tiny"]["model"]
 # name -> what differs from the default
 RECIPES: dict[str, dict] = {
     "default": {},
+    "batch 16": {"batch_size": 16},
+    "vocabulary 4096": {"tokenizer": "bpe:4096"},
     "adamw": {"optimizer": "adamw", "lr": 0.003},
     "adamw, rate 0.006": {"optimizer": "adamw", "lr": 0.006},
     "float32": {"precision": "float32"},
     "1/t of the guidelines": {"process": "bernoulli"},
-    "characters": {"tokenizer": "characters", "length": 256, "batch_size": 8},
+    "characters": {"tokenizer": "characters", "length": 256},
     "wider": {"model": {**TINY, "d_model": 256, "d_ff": 704, "n_head": 4}},
     "deeper": {"model": {**TINY, "n_layer": 8, "d_model": 128, "d_ff": 352, "n_head": 2}},
 }
@@ -35,7 +37,7 @@ RECIPES: dict[str, dict] = {
 
 def measure(name: str, minutes: float) -> dict:
     config = TrainConfig(minutes=minutes, precision=RECIPES[name].get("precision", "bfloat16"),
-                         **{k: v for k, v in RECIPES[name].items() if k != "precision"}, eval_every=100)  # fmt: skip
+                         **{k: v for k, v in RECIPES[name].items() if k != "precision"}, eval_every=250)  # fmt: skip
     curve = []
     for step in train(config):
         if step.bound is not None:

@@ -1,6 +1,7 @@
 """What the scripts share: exit codes, the sampler's options, the choice of device, and saying things."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from .errors import BadInput, BadLuck, check_one_of
+from .errors import BadInput, BadLuck, check_one_of, check_whole
 from .model import ModelConfig
 from .sampler import SampleConfig
+from .tokenizer import display
 
 RUNS = Path("runs")
 
@@ -36,16 +38,35 @@ SWITCHES = {
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call main and exit: 0; 2 with one line for bad input or bad luck; 130 after Ctrl-C."""
+    """Call main and exit: 0; 2 with one line for bad input or bad luck; 130 after Ctrl-C, 141 if nobody reads on."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):  # what is no text in the terminal's encoding ends no program
+            stream.reconfigure(errors=errors)
     try:
         main()
-    except (BadInput, BadLuck, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         sys.stdout.flush()
-        print(f"error: {reason}", file=sys.stderr)
-        sys.exit(2)
+    except BrokenPipeError:
+        quiet_pipe()
+        sys.exit(141)
+    except (BadInput, BadLuck, OSError) as error:
+        fail(str(error) or type(error).__name__)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        fail(f"memory: expected enough, got {str(error)[:200]}; use a smaller dtype, length or batch")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def complain(reason: str) -> None:
+    """One line on stderr."""
+    sys.stdout.flush()
+    print("error:", " ".join(display(reason).split()), file=sys.stderr)
+
+
+def fail(reason: str) -> None:
+    complain(reason)
+    sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,6 +94,8 @@ def sample_config(args: argparse.Namespace, model: ModelConfig, prompt_len: int,
     """The SampleConfig that was asked for; lengths not given are fitted to the prompt and to the model."""
     given = {name: getattr(args, name) for name in (*SAMPLING, *SWITCHES) if getattr(args, name) is not None}
     chosen = {**defaults, **given}
+    for name in sorted({"gen_len", "block_len"} & chosen.keys()):
+        check_whole(name, chosen[name], 1)
     room = min(128, model.max_len - prompt_len)
     if room < 1:
         raise BadInput(f"prompt: expected fewer than {model.max_len} tokens, got {prompt_len}; shorten it")
@@ -80,6 +103,8 @@ def sample_config(args: argparse.Namespace, model: ModelConfig, prompt_len: int,
     chosen.setdefault("gen_len", max(room // block, 1) * block)
     chosen.setdefault("block_len", block if chosen["gen_len"] % block == 0 else chosen["gen_len"])
     chosen.setdefault("steps", chosen["gen_len"])
+    check_whole("seed", args.seed, 0, 2**63 - 1)
+    check_whole("gen_len", chosen["gen_len"], 1, model.max_len - prompt_len, "that is what the model's length leaves")
     return SampleConfig(**chosen)
 
 
@@ -89,8 +114,11 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return next(device for device, found in there.items() if found)
     check_one_of("device", name.split(":")[0], there)
-    if not there[name.split(":")[0]]:
-        raise BadLuck(f"device: expected a working {name}, got none in this PyTorch {torch.__version__}; use cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        what = f"device: expected a working {name}, got none in this PyTorch {torch.__version__}"
+        raise BadLuck(f"{what}; use cpu") from None
     return name
 
 

@@ -232,8 +232,9 @@ class MoE(nn.Module):
         order = experts.flatten().argsort(stable=True)  # the N*K visits, sorted by expert
         token = order // self.c.n_expert_active
         ends = experts.flatten().bincount(minlength=self.c.n_expert).cumsum(0).int()  # where each expert's rows end
-        visits = flat[token].to(self.gate.dtype)
-        hidden = F.silu(grouped(visits, self.gate, ends)) * grouped(visits, self.up, ends)
+        gate = self.gate
+        visits = flat[token].to(gate.dtype)
+        hidden = F.silu(grouped(visits, gate, ends)) * grouped(visits, self.up, ends)
         out = grouped(hidden, self.down, ends) * weights.flatten()[order, None].to(hidden.dtype)
         y = torch.zeros_like(flat).index_add_(0, token, out.to(flat.dtype)).view_as(x)
         return y if self.shared is None else y + self.shared(x)

@@ -14,13 +14,14 @@ HOLE = "░"
 BOLD, DIM, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
-def pieces(step: Step, tokenizer: Tokenizer, row: int) -> list[tuple[str, str]]:
-    """A row of the canvas as (kind, text): neighbouring tokens of a kind together, for one token may be half a letter.
+def pieces(step: Step, tokenizer: Tokenizer, row: int, start: int = 0) -> list[tuple[str, str]]:
+    """A row of the canvas from column start on, as (kind, text): neighbouring tokens of a kind together, for one token
+    may be half a letter.
 
     Kinds: "hole", "new" (committed in this step) and "old".
     """
     kinds = []
-    for token, committed in zip(step.x[row].tolist(), step.committed[row].tolist(), strict=True):
+    for token, committed in zip(step.x[row, start:].tolist(), step.committed[row, start:].tolist(), strict=True):
         kind = "hole" if token == tokenizer.mask_id else "new" if committed else "old"
         if kinds and kinds[-1][0] == kind:
             kinds[-1][1].append(token)
@@ -54,11 +55,19 @@ def layout(parts: list[tuple[str, str]], width: int, colour: bool) -> list[str]:
     return lines
 
 
-def watch(steps: Iterable[Step], tokenizer: Tokenizer, out: TextIO = sys.stdout, row: int = 0, stages: int = 5) -> Step:
-    """Draw every step over the one before in a terminal, or a few stages one below the other elsewhere; return the last.
+def watch(
+    steps: Iterable[Step],
+    tokenizer: Tokenizer,
+    out: TextIO | None = None,
+    row: int = 0,
+    stages: int = 5,
+    start: int = 0,
+) -> Step:
+    """Draw every step over the one before in a terminal, or a few stages one below the other elsewhere; the last step.
 
-    A canvas taller than the terminal shows its end.
+    start: the first column to draw. While it works, a canvas taller than the terminal shows its end; then all of it.
     """
+    out = out or sys.stdout
     size = shutil.get_terminal_size()
     live = out.isatty() and os.environ.get("TERM") != "dumb"
     colour = live and "NO_COLOR" not in os.environ
@@ -70,13 +79,20 @@ def watch(steps: Iterable[Step], tokenizer: Tokenizer, out: TextIO = sys.stdout,
         first_holes = first_holes or holes + step.committed[row].sum().item()
         done = 1 - holes / max(1, first_holes)
         if live:
-            lines = layout(pieces(step, tokenizer, row), size.columns - 1, colour)[-(size.lines - 2) :]
-            up = f"\x1b[{height}F" if height else ""
-            out.write(up + "\x1b[J" + "\n".join(lines) + "\n")
+            lines = layout(pieces(step, tokenizer, row, start), size.columns - 1, colour)[-(size.lines - 2) :]
+            out.write(over(height) + "\n".join(lines) + "\n")
             height = len(lines)
-        elif done - shown >= 1 / stages or holes == 0 and shown < 1:
-            text = "\n".join(layout(pieces(step, tokenizer, row), 10_000, False))
+        elif done - shown >= 1 / stages or (holes == 0 and shown < 1):
+            text = "\n".join(layout(pieces(step, tokenizer, row, start), 10_000, False))
             out.write(f"--- step {step.step + 1}, {done:.0%} written\n{text}\n")
             shown = done
         out.flush()
+    if live and last:
+        out.write(over(height) + "\n".join(layout(pieces(last, tokenizer, row, start), size.columns - 1, False)) + "\n")
+        out.flush()
     return last
+
+
+def over(height: int) -> str:
+    """What goes up so many lines and clears the screen from there."""
+    return (f"\x1b[{height}F" if height else "") + "\x1b[J"

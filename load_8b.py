@@ -1,0 +1,115 @@
+"""Run the published models of the LLaDA family, from a directory or the hub, with the code you have just read."""
+
+import os
+import sys
+import time
+from argparse import Namespace
+
+import torch
+from tqdm import tqdm
+
+from minillada.ask import add_questions, answer, make_talker, parse
+from minillada.chat import ChatTemplate
+from minillada.checkpoint import Report, check, load
+from minillada.cli import Parser, pick_device, run
+from minillada.errors import BadInput, check_one_of
+from minillada.hub import fetch
+from minillada.model import LLaDA
+from minillada.quantize import memory, quantize
+from minillada.tokenizer import Tokenizer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+EXAMPLES = """examples:
+  python load_8b.py GSAI-ML/LLaDA-8B-Instruct --check
+  python load_8b.py GSAI-ML/LLaDA-8B-Instruct --chat
+  python load_8b.py GSAI-ML/LLaDA-8B-Instruct --quantize int4 --prompt "Why is the sky blue?"
+  python load_8b.py GSAI-ML/LLaDA-8B-Base --prompt "The capital of France is" --gen-len 32
+  python load_8b.py path/to/model --prompts questions.jsonl --batch-size 4 --out answers.jsonl
+"""
+
+
+def options() -> Namespace:
+    p = Parser(__doc__, EXAMPLES)
+    p.add_argument("model", help="a directory, or an id of the Hugging Face hub")
+    what = add_questions(p, required=True)
+    what.add_argument("--check", action="store_true", help="look at config, names, shapes and sizes, read no weights")
+    p.add_argument("--deep", action="store_true", help="with --check: read the weights too, for NaN and infinity")
+    p.add_argument("--revision", help="branch, tag or commit on the hub")
+    p.add_argument("--dtype", help=f"{', '.join(DTYPES)} (default: the files')")
+    p.add_argument("--quantize", metavar="BITS", help="int8 or int4: keep the matrices in so few bits")
+    p.add_argument("--mask-id", type=int, help="the id of [MASK], if neither config.json nor the tokenizer tells it")
+    args = parse(p)
+    for name, known in (("dtype", DTYPES), ("quantize", ("int8", "int4"))):
+        if getattr(args, name) is not None:
+            check_one_of(name, getattr(args, name), known)
+    return args
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # standard output is for answers
+
+
+def amount(number: float) -> str:
+    return tqdm.format_sizeof(number)  # 16.0G
+
+
+def look(args: Namespace) -> Report:
+    """Everything that can be known without the weights; fetched first, if it is not here."""
+    if os.path.lexists(args.model):
+        return check(args.model, args.deep, args.revision, args.mask_id)
+    return check(fetch(args.model, args.revision, progress=True), args.deep, mask_id=args.mask_id)
+
+
+def describe(found: Report) -> None:
+    c, size = found.config, found.meta.n_parameters()
+    experts = f", {c.n_expert_active} of {c.n_expert} experts" if c.n_expert else ""
+    say(f"{found.directory}: {found.scheme} names, {len(found.entries)} tensors in {len(found.files)} files, "
+        f"{amount(found.n_bytes)}B of {' and '.join(found.dtypes)}")  # fmt: skip
+    say(f"{amount(size)} parameters: {c.n_layer} layers of width {c.d_model}{experts}, "
+        f"{c.embedding_size} tokens, length {c.max_len}, mask {c.mask_id}, end of text {c.eos_id}")  # fmt: skip
+    say("weights take " + ", ".join(f"{amount(size * kind.itemsize)}B in {name}" for name, kind in DTYPES.items()))
+    if found.non_finite:
+        few = ", ".join(found.non_finite[:6])
+        raise BadInput(f"weights: expected finite numbers, got NaN or infinity in {few}; fetch the checkpoint again")
+
+
+def describe_template(found: Report) -> None:
+    """Try the template, if there is one to try."""
+    if (found.directory / "tokenizer.json").is_file():
+        template = ChatTemplate.load(found.directory)
+        if template.own:
+            template.encode_chat([{"role": "user", "content": "Hi"}])
+        say(f"chat template: {'its own' if template.own else 'none of its own'}; answers end at {template.stop_ids}")
+
+
+def load_model(args: Namespace, found: Report, device: str) -> tuple[LLaDA, Tokenizer | None]:
+    """Load onto the device; if few bits are wanted, onto the host first and from there matrix by matrix."""
+    start = time.perf_counter()
+    first = "cpu" if args.quantize else device
+    model, tokenizer = load(found.directory, first, DTYPES.get(args.dtype), progress=True, mask_id=args.mask_id)
+    if args.quantize:
+        quantize(model, args.quantize, device)
+    seconds = time.perf_counter() - start
+    peak = f", {amount(torch.cuda.max_memory_allocated())}B at its peak" if device.startswith("cuda") else ""
+    say(f"loaded in {seconds:.1f} s, {amount(found.n_bytes / seconds)}B/s; "
+        f"takes {amount(memory(model))}B on {device}{peak}")  # fmt: skip
+    return model, tokenizer
+
+
+def main() -> None:
+    args = options()
+    device = pick_device(args.device)
+    found = look(args)
+    describe(found)
+    if args.check:
+        describe_template(found)
+        say("all well" + ("" if args.deep else "; the weights were not read (--deep does)"))
+        return
+    model, tokenizer = load_model(args, found, device)
+    talker = make_talker(found.directory, args.model, model, tokenizer, args)
+    say(f"prompts are {'messages in the chat template' if talker.instruct else 'texts to go on with'}")
+    answer(args, talker)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,394 @@
+"""load_8b.py and sample.py as a person uses them. Most run inside this process, where starting costs nothing."""
+
+import io
+import json
+import os
+import runpy
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import GOLDEN
+from safetensors.torch import load_file, save_file
+from talkers import CHARACTERS, write_talker, write_template, write_tokenizer
+
+import minillada
+from minillada.chat import PROMPT_CAP
+from minillada.cli import run
+from minillada.errors import BadInput
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--gen-len", "16", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    return write_talker(tmp_path_factory.mktemp("talker"))
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(script, *arguments, typed=text) -> (exit code, standard output, standard error)."""
+    mains = {}
+
+    def call(script, *arguments, typed=""):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        main = mains.setdefault(script, runpy.run_path(str(ROOT / script))["main"])
+        code = 0
+        try:
+            run(main)
+        except SystemExit as error:
+            code = error.code
+        found = capsys.readouterr()
+        return code, found.out, found.err
+
+    return call
+
+
+def refused(result, reason):
+    """Exit 2, and the last line of stderr, the only one without a colour or a bar, is the error."""
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("error: ") and reason in err.splitlines()[-1]
+    assert "Traceback" not in err and "\x1b" not in err
+
+
+# ---- load_8b.py -----------------------------------------------------------------------------------------------------
+
+
+def test_a_check_reads_no_weights_and_says_what_it_found(call, home):
+    code, out, err = call("load_8b.py", home, "--check")
+    assert (code, out) == (0, "")
+    assert "LLaDA names, 30 tensors in 3 files, 208kB of float32" in err
+    assert "104kB in bfloat16" in err
+    assert "answers end at (254, 253)" in err
+    assert "all well; the weights were not read" in err
+
+
+def test_a_deep_check_finds_what_is_not_finite(call, tmp_path):
+    write_talker(tmp_path)
+    file = tmp_path / "model-00001-of-00003.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, file)
+    assert call("load_8b.py", tmp_path, "--check")[0] == 0
+    refused(call("load_8b.py", tmp_path, "--check", "--deep"), f"NaN or infinity in {name}")
+
+
+@pytest.mark.parametrize("mode", [["--check"], ["--prompt", "a"], ["--chat"]], ids=["check", "prompt", "chat"])
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("config.json", "{", "config.json: expected JSON"),
+        ("model.safetensors.index.json", "[]", "expected a JSON object, got list"),
+        ("model-00002-of-00003.safetensors", "", "model-00002-of-00003.safetensors"),
+        ("tokenizer.json", "{}", "tokenizer.json"),
+        ("chat_template.jinja", "{{ nothing }}", "'nothing' is undefined"),
+        ("chat_template.jinja", "x" * 70_000, "at most 65536 bytes"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json: expected JSON"),
+    ],
+)
+def test_a_faulty_directory_costs_one_line(call, tmp_path, mode, file, content, reason):
+    write_talker(tmp_path)
+    (tmp_path / file).write_text(content)
+    refused(call("load_8b.py", tmp_path, *mode), reason)
+
+
+def test_a_prompt_is_a_text_or_a_message(call, home, tmp_path):
+    code, out, err = call("load_8b.py", home, "--prompt", "Hello", "--quiet", *QUICK)
+    assert (code, "texts to go on with" in err) == (0, True)
+    assert out.startswith("Hello")
+    model, tokenizer = minillada.load(home)
+    config = minillada.SampleConfig(gen_len=16, steps=16, block_len=16, stop_ids=(254, 253))
+    assert out.rstrip("\n") == "Hello" + tokenizer.decode(
+        minillada.generate(model, [tokenizer.encode("Hello")], config)[0]
+    )
+    assert "loaded in" in err and "takes 208kB on cpu" in err
+    instruct = write_talker(tmp_path / "Small-Instruct")
+    code, out, err = call("load_8b.py", instruct, "--prompt", "Hello", "--quiet", *QUICK)
+    assert (code, "messages in the chat template" in err, out.startswith("Hello")) == (0, True, False)
+    assert call("load_8b.py", instruct, "--prompt", "Hello", "--raw", "--quiet", *QUICK)[1].startswith("Hello")
+
+
+def test_an_answer_ends_where_the_files_say(call, tmp_path):
+    write_talker(tmp_path)
+    _, out, _ = call("load_8b.py", tmp_path, "--prompt", "Hello", "--quiet", *QUICK)
+    favourite = out.removeprefix("Hello")[0]
+    ends = {"eos_token_id": [254, CHARACTERS.index(favourite)]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(ends))
+    _, out, _ = call("load_8b.py", tmp_path, "--prompt", "Hello", "--quiet", *QUICK)
+    assert favourite not in out.removeprefix("Hello")
+
+
+def test_every_way_of_storing_the_weights_answers(call, home):
+    for options in (["--dtype", "bfloat16"], ["--quantize", "int8"], ["--quantize", "int4", "--dtype", "float16"]):
+        code, out, err = call("load_8b.py", home, "--prompt", "Hello", "--quiet", *options, *QUICK)
+        assert (code, out[:5]) == (0, "Hello")
+        assert "takes 208kB" not in err
+
+
+def test_a_piped_chat_goes_on_after_what_cannot_be_used(call, home):
+    typed = ["Hi", "", "  ", "caf\u00e9", "\udcff", "a" * 500, "x" * (PROMPT_CAP + 1), "/reset", "Bye", "/quit", "no"]
+    code, out, err = call("load_8b.py", home, "--chat", *QUICK, typed="\n".join(typed))
+    assert code == 0
+    assert len(out.splitlines()) <= 2 * 16 and "you>" not in out
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 4
+    for line, reason in zip(errors, ["", "U+DCFF", "at most 112 tokens", "at most 1048576 bytes"], strict=True):
+        assert reason in line
+
+
+def test_a_chat_remembers_until_it_is_reset_or_full(call, home):
+    def answers(*typed):
+        out = call("load_8b.py", home, "--chat", "--gen-len", "8", "--device", "cpu", typed="\n".join(typed))[1]
+        return out.split("\n")[:-1]
+
+    again = answers("Hello", "/reset", "Hello")
+    assert again[: len(again) // 2] == again[len(again) // 2 :]
+    assert answers("Other", "Hello")[-1] != again[-1] or answers("Other", "Hello")[:-1]
+    assert any("no longer fit and are forgotten" in line for line in answers("a" * 40, "b" * 40, "c"))
+
+
+def test_a_file_of_prompts_becomes_jsonl(call, home, tmp_path):
+    (tmp_path / "plain.txt").write_text("One\n\nTwo and more\nThree\n")
+    lines = [json.dumps({"prompt": text, "id": 1}) for text in ("One", "Two and more", "Three")]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    results = []
+    for options in (["plain.txt", "--batch-size", "1"], ["plain.txt"], ["lines.jsonl", "--batch-size", "2"]):
+        code, out, _ = call("load_8b.py", home, "--prompts", tmp_path / options[0], *options[1:], *QUICK)
+        assert code == 0
+        results.append([json.loads(line) for line in out.splitlines()])
+    assert results[0] == results[1] == results[2]
+    assert [found["prompt"] for found in results[0]] == ["One", "Two and more", "Three"]
+    assert all(set(found) == {"prompt", "answer"} for found in results[0])
+    written = tmp_path / "answers.jsonl"
+    assert call("sample.py", home, "--prompts", tmp_path / "plain.txt", "--temperature", "0", "--out", written, *QUICK)[
+        :2
+    ] == (0, "")
+    assert [json.loads(line) for line in written.read_text().splitlines()] == results[0]
+    refused(call("sample.py", home, "--prompts", tmp_path / "plain.txt", "--out", written), "out: expected a new file")
+
+
+FAULTS = [
+    ([], "required"),
+    (["--prompt", "a", "--chat"], "not allowed with"),
+    (["--prompt", "a", "--dtype", "int8"], "dtype: expected one of bfloat16, float16, float32"),
+    (["--prompt", "a", "--quantize", "int2"], "quantize: expected one of int8, int4"),
+    (["--prompt", "a", "--device", "tpu"], "device: expected one of"),
+    (["--prompt", "a", "--device", "cpu:x"], "device: expected"),
+    (["--prompt", "a", "--revision", "main"], "revision: expected none"),
+    (["--prompt", "a", "--gen-len", "0"], "gen_len: expected"),
+    (["--prompt", "a", "--block-len", "0"], "block_len: expected"),
+    (["--fill", "a[MASK]", "--gen-len", "4"], "fill: expected neither"),
+    (["--prompt", "a", "--gen-len", "200"], "gen_len: expected a whole number from 1 to 127, got 200"),
+    (["--chat", "--gen-len", "1000000000"], "gen_len: expected a whole number from 1 to 127"),
+    (["--prompt", "a", "--gen-len", "x"], "invalid int value"),
+    (["--prompt", "a", "--block-len", "7", "--gen-len", "16"], "block_len: expected a divisor"),
+    (["--prompt", "a", "--steps", "3", "--block-len", "8", "--gen-len", "16"], "steps: expected a multiple"),
+    (["--prompt", "a", "--temperature", "nan"], "temperature: expected a finite number"),
+    (["--prompt", "a", "--commit", "all"], "commit: expected one of"),
+    (["--prompt", "a", "--seed", "-1"], "seed: expected a whole number"),
+    (["--prompt", "a", "--batch-size", "0"], "batch_size: expected a whole number"),
+    (["--prompt", "a" * 200], "prompt: expected fewer than 128 tokens, got 200"),
+    (["--prompt", "\u00e9"], "error: text: expected"),
+    (["--prompt", "\udcff"], "the lone surrogate U+DCFF"),
+    (["--fill", "nothing to fill"], "fill: expected at least one [MASK]"),
+    (["--fill", "x" * (PROMPT_CAP + 1)], "fill: expected at most 1048576 bytes"),
+    (["--prompts", "no-such-file"], "no-such-file: expected a file"),
+    (["--prompt", "a", "--out", "x"], "out: expected a new file for the answers to --prompts, got no --prompts"),
+    (["--prompt", "a", "--what"], "unrecognized arguments"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), FAULTS, ids=[" ".join(o)[:40] + " " for o, _ in FAULTS])
+def test_a_faulty_option_costs_one_line(call, home, options, reason):
+    refused(call("load_8b.py", home, *options), reason)
+
+
+def test_a_file_of_prompts_is_refused_by_line(call, home, tmp_path):
+    for content, reason in [(b"", "expected a prompt in each line, got nothing"), (b"ok\n\xff", "expected UTF-8")]:
+        (tmp_path / "p.txt").write_bytes(content)
+        refused(call("load_8b.py", home, "--prompts", tmp_path / "p.txt"), reason)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}')
+    refused(call("load_8b.py", home, "--prompts", tmp_path / "p.jsonl"), "line 2")
+
+
+def test_an_instruct_model_wants_a_message(call, tmp_path):
+    home = write_template(write_talker(tmp_path / "x"), "{{ messages[0].content }}")
+    refused(call("load_8b.py", home, "--prompt", " \n"), "prompt: expected some text, got none")
+    assert call("load_8b.py", home, "--prompt", "", "--raw", "--quiet", *QUICK)[0] == 0
+
+
+def test_a_name_that_is_no_directory_is_asked_of_the_hub(call, home, monkeypatch):
+    asked = []
+    monkeypatch.setattr("minillada.hub.fetch", lambda *args, progress: asked.append(args) or home)
+    assert call("load_8b.py", "GSAI-ML/LLaDA-8B-Base", "--check", "--revision", "v1")[0] == 0
+    assert asked == [("GSAI-ML/LLaDA-8B-Base", "v1")]
+
+
+def test_what_is_neither_here_nor_a_name_is_refused(call):
+    refused(call("load_8b.py", "no such directory", "--check"), "expected a directory or the id of a model")
+
+
+def test_a_mask_that_no_file_tells_can_be_given(call, tmp_path):
+    shutil.copytree(GOLDEN / "llada_moe", tmp_path, dirs_exist_ok=True)
+    refused(call("load_8b.py", tmp_path, "--check"), "mask_id: expected one")
+    assert call("load_8b.py", tmp_path, "--check", "--mask-id", "255")[0] == 0
+    write_tokenizer(tmp_path)
+    assert call("load_8b.py", tmp_path, "--prompt", "a", "--quantize", "int4", *QUICK)[0] == 0
+
+
+def test_without_a_tokenizer_there_is_no_answer(call):
+    assert call("load_8b.py", GOLDEN / "llada_dense", "--check")[0] == 0
+    refused(call("load_8b.py", GOLDEN / "llada_dense", "--prompt", "a"), "expected a tokenizer.json, got none")
+
+
+def raises(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "line"),
+    [
+        (lambda: torch.empty(10**15), 2, "error: memory: expected enough, got "),
+        (lambda: raises(MemoryError()), 2, "error: memory: expected enough, got "),
+        (lambda: raises(FileNotFoundError(2, "No such file", "x")), 2, "error: [Errno 2] No such file: 'x'"),
+        (lambda: raises(BadInput("a\n b\x1b[2J: expected c")), 2, "error: a b␛[2J: expected c"),
+        (lambda: raises(KeyboardInterrupt()), 130, ""),
+    ],
+    ids=["allocator", "memory", "system", "input", "Ctrl-C"],
+)
+def test_every_fault_has_its_exit_code(capsys, failure, code, line):
+    with pytest.raises(SystemExit) as exit:
+        run(failure)
+    assert exit.value.code == code
+    found = capsys.readouterr().err
+    assert found.startswith(line) and found.count("\n") == bool(line)
+
+
+def test_our_own_bugs_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="shape"):
+        run(lambda: raises(RuntimeError("shape")))
+
+
+# ---- sample.py ------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_with_holes_is_filled_and_the_rest_kept(call, home):
+    code, out, _ = call("sample.py", home, "--fill", "a[MASK][MASK]b[MASK]", "--quiet", "--device", "cpu")
+    assert code == 0 and out[0] == "a" and "b" in out
+    code, out, _ = call("sample.py", home, "--fill", "a[MASK][MASK]b[MASK]", "--device", "cpu")
+    assert code == 0 and out.startswith("--- step 1, 33% written\na") and "--- step 3, 100% written" in out
+
+
+def test_both_scripts_chat_alike(call, home):
+    typed = "Hello\nAnd you?\n"
+    loaded = call("load_8b.py", home, "--chat", *QUICK, typed=typed)
+    sampled = call("sample.py", home, "--chat", "--temperature", "0", *QUICK, typed=typed)
+    assert loaded[:2] == sampled[:2]
+
+
+def test_both_scripts_have_the_same_options(call, home):
+    _, mine, _ = call("sample.py", "--help")
+    _, theirs, _ = call("load_8b.py", "--help")
+    options = {word.strip("[],") for word in mine.split() if word.startswith("--")}
+    assert {"--prompt", "--fill", "--chat", "--prompts", "--steps", "--commit", "--cache", "--seed"} <= options
+    assert all(option in theirs for option in options)
+    assert all(len(line) <= 120 for line in (mine + theirs).splitlines())
+
+
+def test_control_characters_of_an_answer_never_reach_the_terminal(call, tmp_path):
+    home = write_talker(tmp_path)
+    table = json.loads((home / "tokenizer.json").read_text())
+    for harmless, wild in (("L", "\x1b"), ("w", "\x9b")):  # what this model likes to say
+        table["model"]["vocab"][wild] = table["model"]["vocab"].pop(harmless)
+    (home / "tokenizer.json").write_text(json.dumps(table))
+    code, out, err = call("load_8b.py", home, "--chat", *QUICK, typed="hi\nx\n")
+    assert code == 0, err
+    assert "␛" in out and not any(wild in out for wild in "\x1b\x9b")
+
+
+def chats(turns, home, monkeypatch, capsys):
+    """Resident pages after half of the turns and at the end."""
+    pages, typed = [], iter(range(turns))
+
+    def type_in(prompt):
+        capsys.readouterr()
+        if (turn := next(typed, None)) is None:
+            raise EOFError
+        if turn in (turns // 2, turns - 1):
+            pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+        return f"message {turn}"
+
+    monkeypatch.setattr("builtins.input", type_in)
+    monkeypatch.setattr(sys, "argv", ["load_8b.py", str(home), "--chat", "--gen-len", "8", "--device", "cpu"])
+    runpy.run_path(str(ROOT / "load_8b.py"))["main"]()
+    return pages
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("turns", [60, pytest.param(1000, marks=pytest.mark.soak)])
+def test_a_long_chat_takes_no_more_memory_than_a_short_one(turns, home, monkeypatch, capsys):
+    middle, end = chats(turns, home, monkeypatch, capsys)
+    assert (end - middle) * os.sysconf("SC_PAGESIZE") < 8 << 20
+
+
+# ---- from outside ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
+def test_a_person_chats_for_three_turns_in_a_terminal(home):
+    import pty
+
+    here, there = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    command = [sys.executable, "load_8b.py", str(home), "--chat", *QUICK]
+    with subprocess.Popen(
+        command, stdin=there, stdout=there, stderr=subprocess.PIPE, env=environment, cwd=ROOT
+    ) as child:
+        os.close(there)
+        seen = ""
+
+        def read_until(wanted, seconds=60):
+            nonlocal seen
+            end, start = time.monotonic() + seconds, len(seen)
+            while wanted not in seen[start:]:
+                assert select.select([here], [], [], end - time.monotonic())[0], f"no {wanted!r} in {seen[start:]!r}"
+                seen += os.read(here, 4096).decode()
+            return seen[start:]
+
+        read_until("you> ")
+        for message in ("Hello", "How are you?", "Good"):
+            os.write(here, message.encode() + b"\n")
+            shown = read_until("you> ")
+            assert "░" in shown and "\x1b[J" in shown, "the masks resolve before one's eyes"
+            final = shown.rsplit("\x1b[J", 1)[1]
+            assert "░" not in final
+        os.write(here, b"\x04")  # Ctrl-D
+        assert child.wait(30) == 0
+        assert b"error" not in child.stderr.read()
+    os.close(here)
+
+
+def script(*command, **options):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, cwd=ROOT, timeout=120, **options)
+
+
+def test_a_real_process_exits_with_2_and_one_line(tmp_path):
+    done = script("load_8b.py", tmp_path, "--check")
+    assert done.returncode == 2
+    assert done.stdout == b"" and done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1
+
+
+def test_a_real_process_survives_bytes_that_are_no_text(home):
+    done = script("sample.py", home, "--chat", *QUICK, input=b"\xff\xfe\nHi\n")
+    assert done.returncode == 0
+    assert done.stderr.count(b"error: ") == 1 and b"surrogate" in done.stderr
+    assert done.stdout
