@@ -1,7 +1,6 @@
 """Train a small masked-diffusion language model on a text, watching it learn to write."""
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm

@@ -19,19 +19,21 @@ from minillada.presets import PRESETS
 
 DOCS = Path(__file__).parents[1] / "docs"
 TINY = PRESETS["tiny"]["model"]
+W192 = {"model": {**TINY, "d_model": 192, "d_ff": 512, "n_head": 3}}
 
 # name -> what differs from the default
 RECIPES: dict[str, dict] = {
     "default": {},
-    "batch 16": {"batch_size": 16},
-    "vocabulary 4096": {"tokenizer": "bpe:4096"},
-    "adamw": {"optimizer": "adamw", "lr": 0.003},
-    "adamw, rate 0.006": {"optimizer": "adamw", "lr": 0.006},
-    "float32": {"precision": "float32"},
+    "6 layers": {"model": {**TINY, "n_layer": 6}},
+    "width 192": W192,
+    "width 256": {"model": {**TINY, "d_model": 256, "d_ff": 704, "n_head": 4}},
+    "width 192, vocabulary 2048": {**W192, "tokenizer": "bpe:2048"},
+    "width 192, vocabulary 2048, batch 16": {**W192, "tokenizer": "bpe:2048", "batch_size": 16},
+    "width 192, adamw": {**W192, "optimizer": "adamw", "lr": 0.003},
+    "adamw": {"optimizer": "adamw", "lr": 0.006},
     "1/t of the guidelines": {"process": "bernoulli"},
+    "float32": {"precision": "float32"},
     "characters": {"tokenizer": "characters", "length": 256},
-    "wider": {"model": {**TINY, "d_model": 256, "d_ff": 704, "n_head": 4}},
-    "deeper": {"model": {**TINY, "n_layer": 8, "d_model": 128, "d_ff": 352, "n_head": 2}},
 }
 
 

@@ -1,6 +1,6 @@
 """Which share of the words that a run writes are words of its training text? Beside it, real held-out text's share.
 
-    python benchmarks/words.py runs/docs-tiny-1 --samples 32 --temperature 0.7
+python benchmarks/words.py runs/docs-tiny-1 --samples 32 --temperature 0.7
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 
 def loss_curve(run: Path) -> Path | None:
@@ -16,7 +17,7 @@ def loss_curve(run: Path) -> Path | None:
     steps = [r["step"] for r in records]
     losses = [r["loss"] / r["characters_per_token"] for r in records]
     width = max(1, len(losses) // 50)
-    smooth = [sum(losses[max(0, i - width) : i + 1]) / len(losses[max(0, i - width) : i + 1]) for i in range(len(losses))]
+    smooth = [fmean(losses[max(0, i - width) : i + 1]) for i in range(len(losses))]
     axes.plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=0.5)
     axes.plot(steps, smooth, color="tab:blue", label=f"training, mean of {width} steps")
     bounds = [(r["step"], r["bound"]) for r in records if r["bound"] is not None]

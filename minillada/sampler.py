@@ -4,7 +4,6 @@
 Shapes: B batch, T sequence, W window, N holes asked about, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
