@@ -63,7 +63,7 @@ def introduce(step: TrainStep, where: str) -> None:
 def sample(step: TrainStep) -> str:
     """What it writes by now, on one line."""
     length = min(64, step.model.config.max_len)
-    config = SampleConfig(gen_len=length, steps=length, block_len=length, temperature=0.7)
+    config = SampleConfig(length, length, length, temperature=0.7, remasking="random")
     return " ".join(display(step.tokenizer.decode(generate(step.model, [[]], config)[0])).split())
 
 

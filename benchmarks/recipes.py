@@ -52,13 +52,13 @@ def measure(name: str, minutes: float) -> dict:
 def draw(results: dict[str, dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="seconds of training", ylabel="upper bound of -log p, nats per character")
     for name, result in sorted(results.items(), key=lambda item: item[1]["bound"]):
         line = {"linewidth": 2.5, "color": "black"} if name == "default" else {"linewidth": 1.2}
         axes.plot(*zip(*result["curve"], strict=True), label=f"{name}: {result['bound']:.3f}", **line)
     axes.set_ylim(top=2.6)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 

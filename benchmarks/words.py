@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--block-len", type=int)
+    parser.add_argument("--remasking", default="random")
     args = parser.parse_args()
     source = json.loads((args.run / "run.json").read_text())["data"]
     text = "".join(read_text(source))
@@ -35,7 +35,7 @@ def main() -> None:
     known = set(words(text[:cut]))
     model, tokenizer = load(args.run)
     length = model.config.max_len
-    config = SampleConfig(length, length, args.block_len or length, temperature=args.temperature)
+    config = SampleConfig(length, length, length, temperature=args.temperature, remasking=args.remasking)
     written = [tokenizer.decode(ids) for ids in generate(model, [[]] * args.samples, config)]
     size = sum(map(len, written)) // len(written)
     held_out = [text[i : i + size] for i in range(cut, len(text) - size, size)]

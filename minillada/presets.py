@@ -14,12 +14,12 @@ PRESETS: dict[str, dict[str, dict]] = {
     },
     "tiny": {  # three minutes on two cores
         "model": {"n_layer": 4, "n_head": 2, "d_model": 128, "d_ff": 352, "rope_theta": 100.0},
-        "train": {"steps": 2300, "batch_size": 8, "length": 128, "tokenizer": "bpe:4096"},
+        "train": {"steps": 2000, "batch_size": 8, "length": 128, "tokenizer": "bpe:4096"},
     },
     "tiny-moe": {  # as many active parameters as `tiny`
         "model": {"n_layer": 4, "n_head": 2, "d_model": 128, "d_ff": 352, "rope_theta": 100.0}
         | {"n_expert": 8, "n_expert_active": 2, "d_expert": 176},
-        "train": {"steps": 2300, "batch_size": 8, "length": 128, "tokenizer": "bpe:4096"},
+        "train": {"steps": 2000, "batch_size": 8, "length": 128, "tokenizer": "bpe:4096"},
     },
     "small": {  # an hour on a laptop's GPU
         "model": {"n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1024, "rope_theta": 100.0},
