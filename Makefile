@@ -7,7 +7,7 @@ BIN    := $(if $(filter Windows_NT,$(OS)),$(VENV)/Scripts,$(VENV)/bin)
 
 demo: $(VENV)/ready
 	$(BIN)/python train_tiny.py
-	$(BIN)/python sample.py --prompt "The "
+	$(BIN)/python sample.py --prompt "The"
 
 test: $(VENV)/ready
 	$(BIN)/ruff check .

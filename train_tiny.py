@@ -36,7 +36,9 @@ def parse() -> tuple[TrainConfig | None, Path | None]:
     p.add_argument("--process", help="how to noise: exact-count, bernoulli-mean or bernoulli (LLaDA's 1/t)")
     p.add_argument("--precision", help="auto (measured), float32 or bfloat16")
     p.add_argument("--eval-every", type=int, help="steps between validations and samples")
-    p.add_argument("--checkpoint-every", type=int, help="steps between checkpoints (default: one at the end)")
+    p.add_argument(
+        "--checkpoint-every", type=int, help="steps between checkpoints (default: one with every validation)"
+    )
     p.add_argument("--out", type=Path, help="run directory (default: a fresh one under runs/)")
     p.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, with its own options")
     p.add_argument("--seed", type=int, default=0, help="same seed, same machine, same numbers (default: 0)")
@@ -89,7 +91,7 @@ def main() -> None:
     if interrupted():
         print(f"interrupted; go on with: python train_tiny.py --resume {where}")
     else:
-        print(f"write with it: python sample.py {where} --prompt 'The '")
+        print(f"write with it: python sample.py {where} --prompt 'The'")
     sys.exit(interrupted.code())
 
 

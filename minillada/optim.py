@@ -46,7 +46,7 @@ def autocast(config: TrainConfig, precision: str) -> torch.autocast:
 
 
 def choose_precision(model: nn.Module, text: Tokens, config: TrainConfig) -> tuple[str, list[str]]:
-    """config.precision; "auto" times a forward and backward pass in both, the best of three, and says what it took.
+    """config.precision; "auto" times a forward and backward pass in both, the best of five, and says what it took.
 
     Processors without bfloat16 of their own are slow at it. No weight is changed.
     """
@@ -56,7 +56,7 @@ def choose_precision(model: nn.Module, text: Tokens, config: TrainConfig) -> tup
     noised = exact_count(x0, model.config.mask_id, torch.full((len(x0),), 0.5), Generator())
     for precision in ("float32", "bfloat16"):
         times = []
-        for _ in range(3):
+        for _ in range(5):
             start = time.perf_counter()
             with autocast(config, precision):
                 loss = pretraining_loss(model, x0.to(config.device), noised.to(config.device))

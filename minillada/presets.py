@@ -64,7 +64,7 @@ class TrainConfig:
     process: str = "exact-count"  # exact-count | bernoulli-mean | bernoulli
     precision: str = "auto"  # auto | float32 | bfloat16
     eval_every: int | None = None  # steps; an eighth of the training unless given
-    checkpoint_every: int | None = None  # steps; only at the end unless given
+    checkpoint_every: int | None = None  # steps; with every evaluation unless given
     out: str | None = None  # run directory; nothing is written without one
     seed: int = 0
     device: str = "cpu"
@@ -77,9 +77,11 @@ class TrainConfig:
         for name, value in derived.items():
             if getattr(self, name) is None and not (name == "steps" and self.minutes):
                 object.__setattr__(self, name, value)
+        if self.checkpoint_every is None:
+            object.__setattr__(self, "checkpoint_every", self.eval_every)
         if not isinstance(self.data, str):
             object.__setattr__(self, "data", tuple(map(str, self.data)))
-        for name in ("batch_size", "length", "eval_every", *(("checkpoint_every",) if self.checkpoint_every else ())):
+        for name in ("batch_size", "length", "eval_every", "checkpoint_every"):
             check_whole(name, getattr(self, name), 1)
         check_whole("steps", self.steps, 1) if self.minutes is None else check_number("minutes", self.minutes, TINY)
         for name in ("lr", "adam_lr", "clip"):

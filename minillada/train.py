@@ -121,7 +121,7 @@ def train(
             record |= {"tokens_per_second": speed, "seconds": seconds}
             if run:
                 run.log(record | {"characters_per_token": text.characters_per_token})
-                if last or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                if last or step % config.checkpoint_every == 0:
                     states = [optimizer.state_dict() for optimizer in optimizers]
                     state = {"step": step, "seconds": seconds, "precision": precision, "text": text.fingerprint}
                     run.save(step, model, tokenizer, state | {"optimizers": states, "rng": rng_state(data=rng)})
