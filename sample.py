@@ -1,5 +1,7 @@
 """Let a trained model write: after a prompt, into the holes of a text, or in a chat."""
 
+from pathlib import Path
+
 from minillada.ask import add_questions, answer, make_talker, parse
 from minillada.checkpoint import check, load
 from minillada.cli import Parser, newest_run, pick_device, run
@@ -7,14 +9,14 @@ from minillada.cli import Parser, newest_run, pick_device, run
 EXAMPLES = """examples:
   python sample.py                                            the newest run writes freely
   python sample.py runs/docs-tiny-1 --prompt "The return "    it goes on from there
-  python sample.py runs/docs-tiny-1 --fill "if [MASK][MASK] in the list"
+  python sample.py runs/docs-tiny-1 --fill "If the[MASK] is not a[MASK]"
   python sample.py runs/docs-tiny-1 --temperature 1 --commit first-hitting --seed 7    an exact sample
   python sample.py runs/docs-tiny-1 --prompts lines.txt --out answers.jsonl
 
-By default it draws at temperature 0.7 in random order: filling in the surest first (--remasking low_confidence), which
-large models want, makes so small a one repeat itself.
+A run of train_tiny.py is drawn from at temperature 0.7 in random order unless told otherwise: filling in the surest
+first (--temperature 0 --remasking low_confidence, the default for other models) makes so small a one repeat itself.
 """
-OPTIONS = {"temperature": 0.7, "remasking": "random"}
+FOR_RUNS = {"temperature": 0.7, "remasking": "random"}
 
 
 def main() -> None:
@@ -23,9 +25,11 @@ def main() -> None:
     add_questions(p, required=False)
     args = parse(p)
     device = pick_device(args.device)
-    found = check(args.run or newest_run())
+    name = args.run or str(newest_run())
+    found = check(name)
     model, tokenizer = load(found.directory, device)
-    answer(args, make_talker(found.directory, args.run or "", model, tokenizer, args, **OPTIONS))
+    defaults = FOR_RUNS if (Path(name) / "run.json").exists() else {}
+    answer(args, make_talker(found.directory, name, model, tokenizer, args, **defaults))
 
 
 if __name__ == "__main__":

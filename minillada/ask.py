@@ -48,7 +48,9 @@ def add_questions(parser: argparse.ArgumentParser, required: bool) -> argparse._
     """What both scripts can be asked for, and how; the group of which one is chosen."""
     what = parser.add_mutually_exclusive_group(required=required)
     what.add_argument("--prompt", metavar="TEXT", help="a text to go on from, or a message to an instruct model")
-    what.add_argument("--fill", metavar="TEXT", help="text with [MASK] wherever a token is wanted")
+    what.add_argument(
+        "--fill", metavar="TEXT", help="text with [MASK] wherever a token is wanted; a token brings its own space"
+    )
     what.add_argument("--chat", action="store_true", help="talk over several turns; /reset forgets them, /quit ends")
     what.add_argument("--prompts", type=Path, metavar="FILE", help='many: a text file with one in each line, or .jsonl '
                       'with a "prompt" in each; answers are JSONL')  # fmt: skip

@@ -43,5 +43,6 @@ def fetch(repository: str, revision: str | None = None, progress: bool = False) 
         raise BadInput(f"{repository!r}: expected a model that the hub gives, got {got}; check the name") from None
     except Exception as e:  # of the library, of the HTTP client below it, of the disk
         got = " ".join(str(e).split())[:200] or type(e).__name__
-        raise BadLuck(f"{repository!r}: expected the hub or its cache to give it, got {got}; try again") from None
+        what = f"{repository!r}: expected a directory here, or the hub or its cache to give it"
+        raise BadLuck(f"{what}, got {got}; check the name and the network") from None
     return Path(found)
