@@ -120,7 +120,8 @@ def train(
             record = {"step": step, "loss": loss, "bound": bound, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
             record |= {"tokens_per_second": speed, "seconds": seconds}
             if run:
-                run.log(record | {"characters_per_token": text.characters_per_token})
+                about = {"characters_per_token": text.characters_per_token, "precision": precision}
+                run.log(record | about | ({"notices": notices} if notices else {}))
                 if last or step % config.checkpoint_every == 0:
                     states = [optimizer.state_dict() for optimizer in optimizers]
                     state = {"step": step, "seconds": seconds, "precision": precision, "text": text.fingerprint}
