@@ -1,8 +1,8 @@
 """minillada: LLaDA, the masked-diffusion language model, small enough to read."""
 
 from .checkpoint import load, save
-from .diffusion import exact_bound, log_likelihood, log_likelihoods
 from .errors import BadInput, BadLuck
+from .likelihood import exact_bound, log_likelihood, log_likelihoods
 from .model import LLaDA, ModelConfig
 from .presets import TrainConfig
 from .sampler import Canvas, SampleConfig, Step, generate, stream

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from .checkpoint import load
 from .data import Tokens, batches, cache_dir, make_tokenizer, tokenise, validation_batch
-from .diffusion import PROCESSES, log_likelihoods, pretraining_loss, random_length, sample_t
+from .diffusion import PROCESSES, pretraining_loss, random_length, sample_t
 from .errors import BadInput, BadLuck
+from .likelihood import log_likelihoods
 from .model import LLaDA, ModelConfig
 from .optim import autocast, choose_precision, make_optimizers, set_rate
 from .presets import TrainConfig

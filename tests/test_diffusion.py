@@ -14,10 +14,7 @@ from minillada.diffusion import (
     SCHEDULES,
     Noised,
     bernoulli,
-    exact_bound,
     exact_count,
-    log_likelihood,
-    log_likelihoods,
     model_bound,
     nll_bound,
     pretraining_loss,
@@ -25,6 +22,7 @@ from minillada.diffusion import (
     sample_t,
 )
 from minillada.errors import BadInput
+from minillada.likelihood import exact_bound, log_likelihood, log_likelihoods
 from minillada.model import ModelConfig
 
 X0 = [0, 2, 1, 1]
