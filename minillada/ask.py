@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from .canvas import Canvas
 from .chat import ChatTemplate, check_size
 from .cli import add_sampling, complain, sample_config
 from .data import json_lines, plain_text
 from .errors import BadInput, BadLuck, check_whole
 from .model import LLaDA
-from .sampler import Canvas, SampleConfig, answer_of, generate, stream
+from .sampler import SampleConfig, answer_of, generate, stream
 from .tokenizer import Tokenizer, display
 from .trace import watch
 

@@ -25,11 +25,14 @@ SAMPLING = {
     "block_len": "tokens of a window; windows are filled from left to right (default: 32)",
     "temperature": "0 takes the most probable token, 1 samples from the model",
     "remasking": "which holes are filled first: low_confidence, random, margin or entropy",
-    "commit": "how many per step: quota, threshold:0.9, factor:1, entropy-bound:0.1, ancestral, first-hitting",
+    "commit": "how many per step: quota, threshold:0.9, factor:1, entropy-bound:0.1 (with --remasking entropy), "
+    "klass:0.9,0.01, ancestral, first-hitting",
+    "revise": "take tokens back: remdm-cap:0.008, remdm-rescale:0.015, remdm-conf, random-remask or wino:0.6,0.9; each "
+    "has a rule of its own for how many to commit",
     "cfg_scale": "guidance towards the prompt; 0 is off",
     "top_k": "draw among the k most probable tokens; 0 is off",
     "top_p": "draw among the most probable tokens that make up this probability",
-    "cache": "keep keys and values within a window: none, prefix or dual; the last two are approximations",
+    "cache": "compute less in each step: prefix, dual or refresh:50,7,0.25; all three are approximations",
 }
 SWITCHES = {
     "ban_eos": "never write the end-of-text token",

@@ -168,14 +168,18 @@ class Attention(nn.Module):
         positions: Tensor,
         attn_mask: Tensor | None,
         cache: KVCache | None,
+        asking: Tensor | None = None,
     ) -> Tensor:
-        q = rotate(self.q_norm(self.heads(self.q(x))), *rotary)  # (B,H,T,D)
+        """x (B,T,C) -> what every position, or only the columns `asking` (Q,), sees: (B,Q,H*D), not yet projected."""
         k = rotate(self.k_norm(self.heads(self.k(x))), *rotary)  # (B,Hkv,T,D)
         v = self.heads(self.v(x))
         if cache is not None:
             k, v = cache.update(self.layer, positions, k, v)  # (B,Hkv,S,D)
-        y = attend(q, k, v, attn_mask)
-        return y.transpose(1, 2).flatten(2)  # (B,T,H*D); the output projection is Block's, which may need few rows
+        if asking is not None:
+            x, rotary = x[:, asking], [angle[..., asking, :] for angle in rotary]
+            attn_mask = attn_mask[..., asking, :] if attn_mask is not None and attn_mask.shape[-2] > 1 else attn_mask
+        q = rotate(self.q_norm(self.heads(self.q(x))), *rotary)  # (B,H,Q,D)
+        return attend(q, k, v, attn_mask).transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -254,9 +258,14 @@ class Block(nn.Module):
         self.ffn = MoE(c) if c.n_expert and layer not in c.dense_layers else MLP(c.d_model, c.d_ff)
 
     def forward(self, x: Tensor, rotary, positions, attn_mask, cache, keep: Tensor | None = None) -> Tensor:
-        y = self.attn(self.attn_norm(x), rotary, positions, attn_mask, cache)
-        if keep is not None:  # past attention nothing mixes positions: go on with the wanted rows alone
-            x, y = x.flatten(0, 1)[keep], y.flatten(0, 1)[keep]
+        if keep is None:
+            y = self.attn(self.attn_norm(x), rotary, positions, attn_mask, cache)
+        else:  # ask only in the columns that any row wants, and past attention go on with the wanted places alone
+            row, column = keep // x.shape[1], keep % x.shape[1]
+            asking, index = column.unique(return_inverse=True)
+            asking = None if len(asking) == x.shape[1] else asking
+            y = self.attn(self.attn_norm(x), rotary, positions, attn_mask, cache, asking)[row, index]
+            x = x[row, column]
         x = x + self.attn.o(y)
         return x + self.ffn(self.ffn_norm(x))
 

@@ -1,29 +1,45 @@
 """The denoising loop. `stream` yields one `Step` per evaluation of the model; whatever one wants to see or measure is a
 `for` loop over it. `generate` is such a loop.
 
-Shapes: B batch, T sequence, W window, N holes asked about, V vocabulary.
+Shapes: B batch, R rows that still have holes, T sequence, W window, N holes asked about, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
+from .canvas import Canvas
 from .errors import TINY, BadInput, check_number, check_one_of, check_whole
+from .klass import klass
 from .model import KVCache, ModelConfig
-from .strategies import COMMITS, SCORES, Rule, draw, guided, named
+from .refresh import Refresh
+from .revisions import REVISIONS
+from .strategies import RULES, SCORES, Method, Now, Score, draw, guided, named
 
-REVISIONS = {"none": None}
+COMMITS = RULES | {"klass": klass}
 
-# After a window's first evaluation, which columns are computed again? The rest of the keys and values is kept, and goes
-# out of date: prefix and dual are approximations (arXiv:2505.22618), exact only for a model of one layer.
-CACHES: dict[str, Callable[[slice, int], slice]] = {
-    "none": lambda window, length: slice(0, length),
-    "prefix": lambda window, length: slice(window.start, length),
-    "dual": lambda window, length: window,
+
+class CachePolicy(NamedTuple):
+    """What is kept from step to step, and goes out of date: approximations, all but the empty policy."""
+
+    columns: Callable[[slice, int], slice] | None = None  # those computed again after a window's first evaluation
+    wrap: Callable[..., Callable] | None = None  # (model, given) -> a model that remembers, through all windows
+
+
+def refreshing(prompt_every: int = 50, answer_every: int = 7, share: float = 0.25) -> CachePolicy:
+    Refresh.check(prompt_every, answer_every, share)
+    return CachePolicy(wrap=partial(Refresh, prompt_every=prompt_every, answer_every=answer_every, share=share))
+
+
+CACHES: dict[str, Callable[..., CachePolicy]] = {
+    "none": lambda: CachePolicy(),
+    "prefix": lambda: CachePolicy(lambda window, length: slice(window.start, length)),  # Fast-dLLM, arXiv:2505.22618;
+    "dual": lambda: CachePolicy(lambda window, length: window),  # both are exact for a model of one layer
+    "refresh": refreshing,  # dLLM-Cache
 }
 
 
@@ -37,11 +53,11 @@ class SampleConfig:
     temperature: float = 0.0
     remasking: str = "low_confidence"  # low_confidence | random | margin | entropy
     cfg_scale: float = 0.0  # w of the papers; 0: off
-    commit: str = "quota"  # quota | threshold:0.9 | factor:1 | entropy-bound:0.1 | ancestral | first-hitting
-    revise: str = "none"
+    commit: str = "quota"  # a name of COMMITS, with its parameters: "threshold:0.9"
+    revise: str = "none"  # or a name of REVISIONS, which brings its own rule to commit: "remdm-cap:0.008"
     top_k: int = 0
     top_p: float = 1.0
-    cache: str = "none"  # none | prefix | dual; the last two are approximations
+    cache: str = "none"  # a name of CACHES: "refresh:50,7,0.25"; all but none are approximations
     ban_eos: bool = False  # never write a stop id (the paper's logits_eos_inf)
     defer_eos: bool = False  # commit stop ids last (confidence_eos_eot_inf)
     stop_at_eos: bool = True  # what follows a stop id is not computed
@@ -54,9 +70,18 @@ class SampleConfig:
         check_number("temperature", self.temperature)
         check_number("cfg_scale", self.cfg_scale)
         check_number("top_p", self.top_p, TINY, 1.0)
-        for name, table in (("remasking", SCORES), ("cache", CACHES), ("revise", REVISIONS)):
-            check_one_of(name, getattr(self, name), table)
-        named(COMMITS, "commit", self.commit)
+        check_one_of("remasking", self.remasking, SCORES)
+        named(CACHES, "cache", self.cache)
+        self.method()
+        rule = self.commit.partition(":")[0]
+        for name, clash, expected in (
+            ("remasking", rule == "entropy-bound" and self.remasking != "entropy", "entropy with commit entropy-bound"),
+            ("remasking", rule == "klass" and self.remasking != "low_confidence", "low_confidence with commit klass"),
+            ("commit", self.revise != "none" and self.commit != "quota", "none beside revise, which brings its own"),
+            ("cache", self.revise.startswith("wino") and self.cache != "none", "none with revise wino"),
+        ):
+            if clash:
+                raise BadInput(f"{name}: expected {expected}, got {getattr(self, name)}; change one of the two")
         if self.gen_len % self.block_len:
             divisors = [d for d in range(self.gen_len, 0, -1) if self.gen_len % d == 0]
             near = min(divisors, key=lambda d: abs(d - self.block_len))
@@ -67,38 +92,10 @@ class SampleConfig:
             near = max(1, self.steps // windows) * windows
             raise BadInput(f"steps: expected a multiple of the {windows} windows, got {self.steps}; try {near}")
 
-
-@dataclass
-class Canvas:
-    """The tokens being filled: x (B,T) long with mask_id in its holes, and valid (B,T) bool, False for padding."""
-
-    x: Tensor
-    valid: Tensor
-
-    @classmethod
-    def continuation(
-        cls, prompts: Sequence[Sequence[int]], gen_len: int, config: ModelConfig, device="cpu"
-    ) -> "Canvas":
-        """Unequal prompts, padded on the left, and gen_len holes after each."""
-        longest = max(map(len, prompts), default=0)
-        rows = [[*prompt, *[config.mask_id] * gen_len] for prompt in prompts]
-        canvas = cls.infill(rows, config, device)
-        if any(config.mask_id in prompt for prompt in prompts):
-            raise BadInput(f"prompt: expected no mask id {config.mask_id}, got one; to fill holes use Canvas.infill")
-        for x in (canvas.x, canvas.valid):
-            for i, prompt in enumerate(prompts):
-                x[i] = x[i].roll(longest - len(prompt))
-        return canvas
-
-    @classmethod
-    def infill(cls, rows: Sequence[Sequence[int]], config: ModelConfig, device="cpu") -> "Canvas":
-        """Unequal rows with mask_id wherever something is to be written, padded on the right."""
-        if not rows or not all(len(row) for row in rows):
-            raise BadInput(f"canvas: expected rows of at least one token, got {len(rows)} rows; give it something")
-        filler = config.pad_id if config.pad_id is not None else (config.mask_id + 1) % config.vocab_size
-        tensors = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
-        valid = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in tensors], batch_first=True)
-        return cls(pad_sequence(tensors, batch_first=True, padding_value=filler), valid)
+    def method(self) -> Method:
+        """The functions that `commit` and `revise` name, which have seen nothing yet."""
+        method = named(COMMITS, "commit", self.commit)
+        return method if self.revise == "none" else named(REVISIONS, "revise", self.revise)
 
 
 class Step(NamedTuple):
@@ -114,22 +111,9 @@ class Step(NamedTuple):
     nfe: int  # evaluations of the model so far; guidance counts its two halves as one
 
 
-def check_canvas(canvas: Canvas, config: SampleConfig, c: ModelConfig) -> None:
-    x, valid = canvas.x, canvas.valid
-    if x.dim() != 2 or x.dtype != torch.long or valid.shape != x.shape or valid.dtype != torch.bool or not x.numel():
-        raise BadInput(f"canvas: expected x (B,T) long and valid (B,T) bool, got {x.dtype} {tuple(x.shape)}; mend it")
-    if x.shape[1] > c.max_len:
-        raise BadInput(f"canvas: expected at most {c.max_len} tokens, got {x.shape[1]}; shorten prompt or gen_len")
-    if not valid.any(1).all():
-        raise BadInput("canvas: expected a valid token in every row, got a row of nothing but padding; leave it out")
-    if ((x < 0) | (x >= c.vocab_size)).any():
-        bad = x[(x < 0) | (x >= c.vocab_size)][0].item()
-        raise BadInput(f"token: expected an id from 0 to {c.vocab_size - 1}, got {bad}; use the model's tokenizer")
-    if any(not 0 <= i < c.vocab_size or i == c.mask_id for i in stop_ids(config, c)):
-        raise BadInput(f"stop_ids: expected ids below {c.vocab_size}, not the mask, got {config.stop_ids}; mend them")
-
-
 def stop_ids(config: SampleConfig, c: ModelConfig) -> list[int]:
+    if any(not 0 <= i < c.vocab_size or i == c.mask_id for i in config.stop_ids or ()):
+        raise BadInput(f"stop_ids: expected ids below {c.vocab_size}, not the mask, got {config.stop_ids}; mend them")
     if config.stop_ids is not None:
         return list(config.stop_ids)
     return [] if c.eos_id is None else [c.eos_id]
@@ -144,7 +128,13 @@ def windows(hole: Tensor, width: int) -> list[slice]:
 
 
 def propose(
-    logits: Tensor, config: SampleConfig, banned: Tensor, stop: Tensor, rng: Generator, where: str
+    logits: Tensor,
+    config: SampleConfig,
+    score: Score | None,
+    banned: Tensor,
+    stop: Tensor,
+    rng: Generator,
+    where: str,
 ) -> tuple[Tensor, Tensor]:
     """logits (N,V) -> a token and its confidence for every hole, (N,) each."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # in bfloat16 ties would reorder commits
@@ -154,22 +144,29 @@ def propose(
         logits = logits.index_fill(-1, stop, -torch.inf)
     tokens = draw(logits.index_fill(-1, banned, -torch.inf), config.temperature, config.top_k, config.top_p, rng)
     tokens = tokens.to(logits.device)
-    confidence = SCORES[config.remasking](logits, tokens, rng)
+    confidence = (score or SCORES[config.remasking])(logits, tokens, rng)
     if config.defer_eos:
         confidence = confidence.masked_fill(torch.isin(tokens, stop), -1e30)  # finite: still a candidate, the last
     return tokens, confidence
 
 
-def choose(score: Tensor, hole: Tensor, commit: Rule, left: int, steps: int, rng: Generator) -> Tensor:
-    """score (N,) of the holes among hole (R,W) -> the ones to commit now, (R,W) bool; in the last step all of them."""
-    if left == 1:
-        return hole
-    confidence = torch.full(hole.shape, -torch.inf, dtype=score.dtype, device=score.device)
-    confidence[hole] = score
-    ordered, order = confidence.sort(dim=1, descending=True, stable=True)
-    due = commit(ordered, left, steps, rng)  # (R,)
-    first = torch.arange(hole.shape[1], device=hole.device) < due[:, None]
-    return torch.zeros_like(hole).scatter(1, order, first) & hole
+def plan(method: Method, config: SampleConfig, now: Now) -> tuple[Tensor, Tensor | None]:
+    """The holes to ask the model about, (R,W) bool, and how many are due, (R,), if no answer can change that."""
+    if now.left == 1:  # the last step of a window commits every hole
+        return now.hole, now.holes()
+    if not method.blind:
+        return now.hole, None
+    due = method.commit(None, now)
+    if config.remasking == "random" and not config.defer_eos:  # chance decides: ask about its choice alone
+        return surest(now.uniform().masked_fill(~now.hole, -torch.inf), due), due
+    return now.hole & (due > 0)[:, None], due
+
+
+def surest(confidence: Tensor, due: Tensor) -> Tensor:
+    """As many of the surest of each row as are due (R,), of confidence (R,W), -inf where nothing is to commit: bool."""
+    order = confidence.argsort(dim=1, descending=True, stable=True)
+    first = torch.arange(confidence.shape[1], device=confidence.device) < due[:, None]
+    return torch.zeros_like(first).scatter(1, order, first) & (confidence > -torch.inf)
 
 
 def end_rows(x: Tensor, was_hole: Tensor, stop: Tensor, mask_id: int) -> Tensor:
@@ -183,44 +180,65 @@ def end_rows(x: Tensor, was_hole: Tensor, stop: Tensor, mask_id: int) -> Tensor:
 def stream(model: nn.Module, canvas: Canvas, config: SampleConfig, seed: int = 0) -> Iterator[Step]:
     """Fill the canvas's holes window by window, yielding every step (LLaDA, algorithms 4 and 5).
 
-    Tokens outside the holes never change. `[MASK]` and ids past the vocabulary are never drawn. The last step of a
-    window commits every hole left in it, so none remains. Raises BadInput, before the first evaluation for bad input.
+    Given tokens never change. `[MASK]` and ids past the vocabulary are never drawn. The last step of a window commits
+    every hole left in it, so none remains. A step that would commit nothing costs no evaluation. Raises BadInput,
+    before the first evaluation for bad input.
     """
-    c, commit = model.config, named(COMMITS, "commit", config.commit)
-    check_canvas(canvas, config, c)
-    x, device = canvas.x, canvas.x.device
-    rng = Generator(device if device.type == "cuda" else "cpu").manual_seed(seed)
-    stop = torch.tensor(stop_ids(config, c), dtype=torch.long, device=device)
-    banned = torch.tensor([c.mask_id, *range(c.vocab_size, c.embedding_size)], device=device)
-    was_hole, positions, nfe = x == c.mask_id, torch.arange(x.shape[1], device=device), 0
+    c, x, nfe = model.config, canvas.x, 0
+    canvas.check(c)
+    stop = torch.tensor(stop_ids(config, c), dtype=torch.long, device=x.device)
+    banned = torch.tensor([c.mask_id, *range(c.vocab_size, c.embedding_size)], device=x.device)
+    rng = Generator(x.device if x.device.type == "cuda" else "cpu").manual_seed(seed)
+    was_hole, positions = x == c.mask_id, torch.arange(x.shape[1], device=x.device)
+    nothing, nan = torch.zeros_like(was_hole), torch.full(x.shape, torch.nan, device=x.device)
+    held, revised = (
+        nan,
+        nothing,
+    )  # how sure a token of ours was when committed; what was taken back since the last yield
+    policy = named(CACHES, "cache", config.cache)
+    model = policy.wrap(model, ~was_hole) if policy.wrap else model
     tiles = windows(was_hole, config.block_len)
     steps = max(1, config.steps // max(1, len(tiles)))
     for window in tiles:
-        rows = (x[:, window] == c.mask_id).any(1).nonzero().flatten()  # a row that has ended is not computed
+        wanted = (x[:, window] == c.mask_id).any(1) | (policy.wrap is not None)  # a row that has ended is not computed
+        rows = wanted.nonzero().flatten()
         attn_mask = None if canvas.valid[rows].all() else canvas.valid[rows][:, None, None, :]
-        denoise = guided(model, config.cfg_scale, ~was_hole[rows], c.mask_id) if config.cfg_scale else model
-        cache = None if config.cache == "none" else KVCache()
-        columns = slice(0, x.shape[1])  # to compute; all of them first
-        for step in range(steps):
-            hole = x[rows, window] == c.mask_id  # (R,W)
-            if not hole.any():
+        method, denoise = config.method(), model
+        if config.cfg_scale:
+            denoise = guided(denoise, config.cfg_scale, ~was_hole[rows], c.mask_id)
+        if method.watch:
+            denoise = method.watch(denoise, window, c.mask_id)
+        cache, columns = KVCache() if policy.columns else None, slice(0, x.shape[1])
+        for left in range(steps, 0, -1):
+            now = Now(x[rows, window] == c.mask_id, held[rows, window], left, steps, rng)
+            if not now.hole.any() and method.revise is None:
                 break
-            row, column = hole.nonzero(as_tuple=True)
-            keep = row * len(positions[columns]) + column + window.start - columns.start
-            logits = denoise(x[rows, columns], attn_mask, positions[columns], keep, cache)  # (N,V)
-            columns = CACHES[config.cache](window, x.shape[1])
-            tokens, score = propose(logits, config, banned, stop, rng, f"step {nfe}, columns {window.start} on")
-            chosen = choose(score, hole, commit, steps - step, steps, rng)
-
-            proposed, confidence = x.clone(), torch.full(x.shape, torch.nan, device=device)
-            committed = torch.zeros_like(was_hole)
+            ask, due = plan(method, config, now)
+            row, column = ask.nonzero(as_tuple=True)
+            if len(row):
+                keep = row * len(positions[columns]) + column + window.start - columns.start
+                logits = denoise(x[rows, columns], attn_mask, positions[columns], keep, cache)  # (N,V)
+                columns = policy.columns(window, x.shape[1]) if policy.columns else columns
+                where = f"step {nfe}, columns {window.start} on"
+                tokens, score = propose(logits, config, method.score, banned, stop, rng, where)
+            if method.revise and left > 1:
+                back = nothing.clone()
+                back[rows, window] = method.revise(now)
+                x, held, revised = x.masked_fill(back, c.mask_id), held.masked_fill(back, torch.nan), revised | back
+            if not len(row):
+                continue
+            sure = torch.full(ask.shape, -torch.inf, dtype=score.dtype, device=x.device)  # (R,W)
+            sure[row, column] = score
+            due = method.commit(sure.sort(dim=1, descending=True).values, now) if due is None else due
+            proposed, confidence, committed = x.clone(), nan.clone(), nothing.clone()
             here = rows[row], column + window.start
-            proposed[here], confidence[here], committed[here] = tokens, score.float(), chosen[row, column]
-            x = torch.where(committed, proposed, x)
+            proposed[here], confidence[here], committed[here] = tokens, score.float(), surest(sure, due)[row, column]
+            x, held = torch.where(committed, proposed, x), torch.where(committed, confidence, held)
             if config.stop_at_eos and len(stop):
                 x = end_rows(x, was_hole, stop, c.mask_id)
             nfe += 1
-            yield Step(x, proposed, confidence, committed, torch.zeros_like(committed), window, nfe - 1, nfe)
+            yield Step(x, proposed, confidence, committed, revised, window, nfe - 1, nfe)
+            revised = nothing
 
 
 def generate(

@@ -1,13 +1,17 @@
 """One denoising step, in small pure functions: draw a token, score it, choose how many to commit; and guidance.
 
 Every table below maps the name a user writes to a function; "name:0.9" gives the function its parameter. A new rule is
-one function and one line in a table. Shapes: N holes asked about, V vocabulary, B batch, W window.
+one function and one line in a table. Shapes: N holes asked about, V vocabulary, B batch, R rows of the batch that still
+have holes, W window.
 """
 
 import inspect
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .errors import BadInput, check_number, check_one_of
@@ -18,8 +22,8 @@ from .errors import BadInput, check_number, check_one_of
 def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, rng: Generator) -> Tensor:
     """Sample from softmax(logits / temperature), cut to the top k ids or to the smallest set of probability p.
 
-    Gumbel's trick, argmax(logits + temperature * noise), in float64: in float32 the noise has no tail above 16.6, which
-    silently lowers the temperature (arXiv:2409.02908). Temperature 0 is the argmax.
+    Gumbel's trick in two rounds: which of about sqrt(V) groups of ids, by the logarithm of its mass, and which id of
+    that group. The same distribution as in one round, for 2 sqrt(V) noises a hole and not V. Temperature 0: the argmax.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -31,10 +35,23 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, rng: Gene
         probability = (ordered.double() / temperature).softmax(-1)
         beyond = probability.cumsum(-1) - probability >= top_p  # never the most probable one
         logits = logits.masked_fill(beyond.scatter(-1, ids, beyond), -torch.inf)
-    noise = -torch.empty(logits.shape, dtype=torch.float64, device=rng.device).exponential_(generator=rng).log()
     if logits.device.type == "mps":  # Apple's GPUs have no float64
         logits = logits.cpu()
-    return (logits.double() + temperature * noise).argmax(-1)
+    width = math.isqrt(logits.shape[-1])
+    groups = F.pad(logits, (0, -logits.shape[-1] % width), value=-torch.inf).unflatten(-1, (-1, width))  # (N,G,width)
+    peak = groups.amax(-1, keepdim=True).clamp(min=torch.finfo(groups.dtype).min)  # a group may be all -inf
+    mass = peak.double().squeeze(-1) + temperature * ((groups - peak) / temperature).exp().sum(-1).double().log()
+    group = gumbel_argmax(mass, temperature, rng)
+    return group * width + gumbel_argmax(groups[torch.arange(len(group)), group], temperature, rng)
+
+
+def gumbel_argmax(logits: Tensor, temperature: float, rng: Generator) -> Tensor:
+    """(N,K) -> an index each (N,), from softmax(logits / temperature): the argmax of logits + temperature * noise.
+
+    In float64: in float32 the noise has no tail above 16.6, a temperature lowered in secret (arXiv:2409.02908).
+    """
+    noise = -torch.empty(logits.shape, dtype=torch.float64, device=rng.device).exponential_(generator=rng).log()
+    return (logits.double() + temperature * noise.to(logits.device)).argmax(-1)
 
 
 # ---- score: logits (N,V), tokens (N,) -> confidence (N,), the higher the surer --------------------------------------
@@ -62,7 +79,9 @@ def negative_entropy(logits: Tensor, tokens: Tensor, rng: Generator) -> Tensor:
     return (log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)  # 0 * -inf counts as 0
 
 
-SCORES: dict[str, Callable[[Tensor, Tensor, Generator], Tensor]] = {
+Score = Callable[[Tensor, Tensor, Generator], Tensor]
+
+SCORES: dict[str, Score] = {
     "low_confidence": probability,
     "random": chance,
     "margin": margin,
@@ -70,66 +89,82 @@ SCORES: dict[str, Callable[[Tensor, Tensor, Generator], Tensor]] = {
 }
 
 # ---- commit: how many of the surest holes? --------------------------------------------------------------------------
-# A rule sees each row's confidence (B,W) in falling order, -inf past its last hole, and how many of the window's steps
-# are left, this one included. It answers with a number (B,). In a window's last step the sampler commits all anyway.
-
-Rule = Callable[[Tensor, int, int, Generator], Tensor]  # (confidence, left, steps, rng) -> (B,) long
 
 
-def holes(confidence: Tensor) -> Tensor:
-    return (confidence > -torch.inf).sum(1)
+class Now(NamedTuple):
+    """What a rule may look at, of the rows that are being written."""
+
+    hole: Tensor  # (R,W) bool
+    held: Tensor  # (R,W): how sure a token of ours was when it was committed; NaN for holes and for given tokens
+    left: int  # of the window's steps, this one included
+    steps: int
+    rng: Generator
+
+    def holes(self) -> Tensor:
+        return self.hole.sum(1)  # (R,)
+
+    def uniform(self) -> Tensor:
+        """(R,W) between 0 and 1."""
+        return torch.rand(self.hole.shape, generator=self.rng, device=self.rng.device).to(self.hole.device)
 
 
-def quota() -> Rule:
+# A rule sees each row's confidence (R,W) in falling order, -inf past its last hole, and answers with a number (R,).
+# In a window's last step the sampler does not ask: it commits all.
+Rule = Callable[[Tensor, Now], Tensor]
+
+
+class Method(NamedTuple):
+    """How a window is decoded. Made anew for every window, so that it may remember what it saw."""
+
+    commit: Rule
+    blind: bool = False  # the rule does not look at the confidence: it can say beforehand how many are due
+    revise: Callable[[Now], Tensor] | None = None  # which committed tokens become holes again, (R,W) bool
+    watch: Callable[..., Callable] | None = None  # (denoise, window, mask_id) -> denoise: to see more than the logits
+    score: Score | None = None  # in place of the one that remasking names
+
+
+def quota() -> Method:
     """The same number every step: holes left over steps left, rounded up. Equals the paper's precomputed table."""
-    return lambda confidence, left, steps, rng: (holes(confidence) + left - 1) // left
+    return Method(lambda _, now: (now.holes() + now.left - 1) // now.left, blind=True)
 
 
-def threshold(tau: float = 0.9) -> Rule:
+def threshold(tau: float = 0.9) -> Method:
     """All that are at least this sure, and always the surest (Fast-dLLM, arXiv:2505.22618)."""
-    return lambda confidence, left, steps, rng: (confidence >= tau).sum(1).clamp(min=1)
+    return Method(lambda confidence, now: (confidence >= tau).sum(1).clamp(min=1))
 
 
-def factor(f: float = 1.0) -> Rule:
+def factor(f: float = 1.0) -> Method:
     """The largest n whose n-th confidence is at least 1 - f / (n + 1) (Fast-dLLM, from its theorem 1)."""
 
-    def rule(confidence: Tensor, left: int, steps: int, rng: Generator) -> Tensor:
+    def rule(confidence: Tensor, now: Now) -> Tensor:
         n = torch.arange(1, confidence.shape[1] + 1, device=confidence.device)
         return ((confidence >= 1 - f / (n + 1)) * n).amax(1).clamp(min=1)
 
-    return rule
+    return Method(rule)
 
 
-def entropy_bound(gamma: float = 0.1) -> Rule:
-    """The most whose entropies, but for the largest, add up to gamma nats at most (EB, arXiv:2505.24857).
+def entropy_bound(gamma: float = 0.1) -> Method:
+    """The most whose entropies, but for the largest, add up to gamma nats at most (EB, arXiv:2505.24857)."""
 
-    Wants remasking "entropy".
-    """
-
-    def rule(confidence: Tensor, left: int, steps: int, rng: Generator) -> Tensor:
+    def rule(confidence: Tensor, now: Now) -> Tensor:
         entropy = -confidence  # in rising order, so the largest so far is the last
-        return (entropy.cumsum(1) - entropy <= gamma).sum(1).minimum(holes(confidence))
+        return (entropy.cumsum(1) - entropy <= gamma).sum(1).minimum(now.holes())
 
-    return rule
-
-
-def ancestral() -> Rule:
-    """Each hole by itself with probability 1 - s/t = 1/left on an even grid (LLaDA, eq. 10): the exact reverse process
-    as the steps grow. Wants remasking "random" and temperature 1; the only rule that may commit none."""
-
-    def rule(confidence: Tensor, left: int, steps: int, rng: Generator) -> Tensor:
-        u = torch.rand(confidence.shape, generator=rng, device=rng.device).to(confidence.device)
-        return ((u < 1 / left) & (confidence > -torch.inf)).sum(1)
-
-    return rule
+    return Method(rule)
 
 
-def first_hitting() -> Rule:
+def ancestral() -> Method:
+    """Each hole by itself with probability 1 - s/t = 1/left on an even grid (LLaDA, eq. 10): with remasking "random"
+    and temperature 1 the exact reverse process as the steps grow. The only rule that may commit none."""
+    return Method(lambda _, now: ((now.uniform() < 1 / now.left) & now.hole).sum(1), blind=True)
+
+
+def first_hitting() -> Method:
     """One at a time: with remasking "random" and temperature 1 an exact sample (arXiv:2409.02908)."""
-    return lambda confidence, left, steps, rng: torch.ones_like(confidence[:, 0], dtype=torch.long)
+    return Method(lambda _, now: torch.ones_like(now.holes()), blind=True)
 
 
-COMMITS: dict[str, Callable[..., Rule]] = {
+RULES: dict[str, Callable[..., Method]] = {
     "quota": quota,
     "threshold": threshold,
     "factor": factor,
@@ -139,21 +174,23 @@ COMMITS: dict[str, Callable[..., Rule]] = {
 }
 
 
-def named(table: dict[str, Callable], what: str, spec: str) -> Rule:
-    """The rule that a user calls "name" or "name:parameter"."""
-    name, colon, parameter = spec.partition(":")
+def named(table: dict[str, Callable], what: str, spec: str) -> Callable:
+    """What a user calls "name" or "name:parameter,parameter", the parameters filled in. Raises BadInput."""
+    name, colon, given = spec.partition(":")
     check_one_of(what, name, table)
-    takes = inspect.signature(table[name]).parameters
-    if not colon:
-        return table[name]()
-    if not takes:
-        raise BadInput(f"{what}: expected {name} without a parameter, got {spec!r}; leave out {colon + parameter!r}")
-    try:
-        value = float(parameter)
-    except ValueError:
-        value = parameter  # no number: refused below
-    check_number(f"{what} {name}", value)
-    return table[name](value)
+    takes = list(inspect.signature(table[name]).parameters)
+    texts = given.split(",") if colon else []
+    if len(texts) > len(takes):
+        few = f"at most {len(takes)} parameters ({', '.join(takes)})" if takes else "no parameter"
+        raise BadInput(f"{what}: expected {name} with {few}, got {spec!r}; leave out the rest")
+    values = []
+    for parameter, text in zip(takes, texts, strict=False):
+        try:
+            values.append(int(text) if text.strip().isdecimal() else float(text))
+        except ValueError:
+            values.append(text)  # no number: refused in the next line
+        check_number(f"{what} {name}, {parameter}", values[-1])
+    return table[name](*values)
 
 
 # ---- guidance -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
+import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +10,12 @@ from hypothesis import strategies as st
 from oracles import GOLDEN, Oracle, random_order_distribution, table_model, tiny_model
 
 import minillada
+from minillada.canvas import Canvas
 from minillada.errors import BadInput
 from minillada.model import ModelConfig
-from minillada.sampler import CACHES, Canvas, SampleConfig, generate, stream
-from minillada.strategies import COMMITS, SCORES, draw, quota
+from minillada.revisions import REVISIONS
+from minillada.sampler import CACHES, COMMITS, SampleConfig, generate, stream
+from minillada.strategies import SCORES, Now, draw
 
 MASK = 15
 CASES = json.loads((GOLDEN / "sampler_expected.json").read_text())["cases"]
@@ -23,16 +27,18 @@ def last(steps):
     return step
 
 
-def knows(text: list[int]) -> Oracle:
-    """A model that is sure of one text, the surer the further left."""
-    config = ModelConfig(vocab_size=16, mask_id=MASK, eos_id=14, pad_id=13, n_layer=1, max_len=64)
+class Knows(Oracle):
+    """A model that is sure of one text, the surer the further left; it goes by the positions."""
 
-    def logits(tokens):
-        sure = 9 - torch.arange(tokens.shape[1]) / 10
-        right = torch.nn.functional.one_hot(torch.tensor(text)[-tokens.shape[1] :], 16)
-        return (right * sure[:, None]).expand(len(tokens), -1, -1)
+    def __init__(self, text: list[int]) -> None:
+        super().__init__(ModelConfig(vocab_size=16, mask_id=MASK, eos_id=14, pad_id=13, n_layer=1, max_len=64), None)
+        self.text = torch.tensor(text)
 
-    return Oracle(config, logits)
+    def forward(self, tokens, attn_mask=None, positions=None, keep=None, cache=None):
+        positions = torch.arange(tokens.shape[1]) if positions is None else positions
+        right = torch.nn.functional.one_hot(self.text[positions], 16) * (9 - positions / 10)[:, None]
+        self.logits = lambda tokens: right.expand(len(tokens), -1, -1)
+        return super().forward(tokens, keep=keep)
 
 
 # ---- against the official loop --------------------------------------------------------------------------------------
@@ -60,7 +66,75 @@ def test_the_official_samplers_outputs_are_reproduced_token_for_token(case, batc
     assert answers == [row[-options["gen_length"] :] for row in case["output"]]
 
 
+# ---- against a plain loop -------------------------------------------------------------------------------------------
+
+
+def plain_loop(model, prompt, config):
+    """One row at a time, the whole canvas at every step, no cleverness."""
+    c, width, answer_from = model.config, config.block_len, len(prompt)
+    x = torch.tensor([*prompt, *[c.mask_id] * config.gen_len])
+    name, _, parameter = config.commit.partition(":")
+    for start in range(answer_from, len(x), width):
+        steps = config.steps * width // config.gen_len
+        for left in range(steps, 0, -1):
+            holes = [i for i in range(start, start + width) if x[i] == c.mask_id]
+            logits = model(x[None])[0]
+            if config.cfg_scale:
+                hidden = torch.where(torch.arange(len(x)) < answer_from, c.mask_id, x)
+                logits = (1 + config.cfg_scale) * logits - config.cfg_scale * model(hidden[None])[0]
+            if config.ban_eos:
+                logits[:, c.eos_id] = -torch.inf
+            p, token, sure = logits.softmax(-1), {}, {}
+            for i in holes:
+                token[i] = logits[i].masked_fill(torch.arange(16) == c.mask_id, -torch.inf).argmax().item()
+                first, second = p[i].sort(descending=True).values[:2]
+                sure[i] = {"low_confidence": p[i, token[i]], "margin": first - second,
+                           "entropy": -torch.special.entr(p[i]).sum()}[config.remasking].item()  # fmt: skip
+                if config.defer_eos and token[i] == c.eos_id:
+                    sure[i] = -1e30
+            order = sorted(holes, key=sure.get, reverse=True)
+            due = {"quota": -(-len(holes) // left), "first-hitting": 1,
+                   "threshold": sum(sure[i] >= float(parameter or 0.9) for i in holes),
+                   "factor": max([n for n, i in enumerate(order, 1) if sure[i] >= 1 - 1 / (n + 1)], default=1),
+                   "entropy-bound": sum(sum(-sure[j] for j in order[:k]) <= 0.1 for k in range(len(order)))
+                   }  # fmt: skip
+            due = max(due[name], 1) if left > 1 else len(order)
+            for i in order[:due]:
+                x[i] = token[i]
+    return x[answer_from:].tolist()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=6), min_size=1, max_size=3),
+    shape=st.sampled_from([(8, 8, 8), (8, 8, 4), (8, 4, 8), (12, 6, 4), (12, 3, 4), (6, 12, 3)]),
+    remasking=st.sampled_from(["low_confidence", "margin", "entropy"]),
+    commit=st.sampled_from(["quota", "threshold:0.9", "threshold:0.3", "factor", "entropy-bound", "first-hitting"]),
+    cfg_scale=st.sampled_from([0.0, 0.7]),
+    ban_eos=st.booleans(),
+    defer_eos=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_the_fast_sampler_writes_what_a_plain_loop_writes(prompts, shape, remasking, commit, seed, **options):
+    if commit == "entropy-bound":
+        remasking = "entropy"
+    model = tiny_model(seed).double()
+    config = SampleConfig(*shape, remasking=remasking, commit=commit, stop_at_eos=False, **options)
+    assert generate(model, prompts, config) == [plain_loop(model, prompt, config) for prompt in prompts]
+
+
 # ---- what is always true --------------------------------------------------------------------------------------------
+
+RULES = [*COMMITS, "threshold:0", "threshold:2", "factor:0.5", "entropy-bound:0", "klass:0.1,1", "klass:0,0"]
+
+
+def together(options):
+    """The options with whatever does not go together put right."""
+    commit = options["commit"] if options["revise"] == "none" else "quota"
+    remasking = {"entropy-bound": "entropy", "klass": "low_confidence"}.get(commit.partition(":")[0])
+    cache = "none" if options["revise"].startswith("wino") else options["cache"]
+    return {**options, "commit": commit, "remasking": remasking or options["remasking"], "cache": cache}
+
 
 options = st.fixed_dictionaries(
     {
@@ -69,16 +143,17 @@ options = st.fixed_dictionaries(
         "steps": st.sampled_from([24, 48]),
         "temperature": st.sampled_from([0.0, 1e-6, 0.7, 1e6]),
         "remasking": st.sampled_from(sorted(SCORES)),
-        "commit": st.sampled_from([*COMMITS, "threshold:0", "threshold:2", "factor:0.5", "entropy-bound:0"]),
+        "commit": st.sampled_from(RULES),
+        "revise": st.sampled_from(["none", "none", "none", *REVISIONS, "remdm-cap:1", "remdm-rescale:1", "wino:0,1"]),
         "cfg_scale": st.sampled_from([0.0, 1.5]),
-        "cache": st.sampled_from(sorted(CACHES)),
+        "cache": st.sampled_from([*CACHES, "refresh:2,3,0", "refresh:1,1"]),
         "top_k": st.sampled_from([0, 1, 3]),
         "top_p": st.sampled_from([1.0, 0.5]),
         "ban_eos": st.booleans(),
         "defer_eos": st.booleans(),
         "stop_at_eos": st.booleans(),
     }
-)
+).map(together)
 prompts = st.lists(st.lists(st.integers(0, 12), max_size=6), min_size=1, max_size=3)
 
 
@@ -92,6 +167,8 @@ def test_the_prompt_never_changes_and_no_hole_is_left(options, prompts, seed):
     committed = torch.zeros_like(given_tokens)
     for step in stream(model, canvas, config, seed):
         assert torch.equal(step.x[given_tokens], before[given_tokens])
+        assert not (step.revised & ~committed).any()
+        committed &= ~step.revised
         assert not (step.committed & (given_tokens | committed)).any()
         committed |= step.committed
     assert torch.equal(canvas.x, before)
@@ -104,7 +181,11 @@ def test_the_prompt_never_changes_and_no_hole_is_left(options, prompts, seed):
 @settings(max_examples=50, deadline=None)
 @given(options, prompts, st.integers(0, 2**31))
 def test_a_batch_gives_what_its_rows_give_alone_at_temperature_zero(options, prompts, seed):
-    config = SampleConfig(**{**options, "temperature": 0.0, "remasking": "low_confidence", "commit": "quota"})
+    certain = {"temperature": 0.0, "remasking": "low_confidence", "commit": "quota", "revise": "none"}
+    cache = (
+        "none" if "refresh" in options["cache"] else options["cache"]
+    )  # which counts its calls, of all rows together
+    config = SampleConfig(**{**options, **certain, "cache": cache})
     model = tiny_model().double()
     alone = [generate(model, [prompt], config, seed)[0] for prompt in prompts]
     assert generate(model, prompts, config, seed) == alone
@@ -118,11 +199,20 @@ def test_a_seed_makes_the_answer_a_function_of_its_inputs(options, seed):
 
 
 @pytest.mark.parametrize("remasking", SCORES)
-@pytest.mark.parametrize("commit", COMMITS)
-def test_every_sampler_reproduces_a_text_that_the_model_is_sure_of(remasking, commit):
+@pytest.mark.parametrize(
+    ("commit", "revise"), [*((rule, "none") for rule in COMMITS), *(("quota", r) for r in REVISIONS)]
+)
+def test_every_sampler_reproduces_a_text_that_the_model_is_sure_of(remasking, commit, revise):
     text = [3, 1, 4, 1, 5, 9, 2, 6]
-    config = SampleConfig(gen_len=8, steps=8, block_len=4, remasking=remasking, commit=commit)
-    assert generate(knows(text), [[]], config) == [text]
+    options = together({"remasking": remasking, "commit": commit, "revise": revise, "cache": "none"})
+    assert generate(Knows(text), [[]], SampleConfig(gen_len=8, steps=8, block_len=4, **options)) == [text]
+
+
+def now(hole, left=3, steps=10, held=None, seed=0):
+    """What a rule is told; hole (R,W) as a list of 0 and 1."""
+    hole = torch.tensor(hole, dtype=torch.bool)
+    held = torch.full(hole.shape, math.nan) if held is None else torch.tensor(held)
+    return Now(hole, held, left, steps, torch.Generator().manual_seed(seed))
 
 
 @settings(max_examples=100, deadline=None)
@@ -131,17 +221,43 @@ def test_the_stateless_quota_equals_the_papers_table(holes, steps):
     table = [holes // steps + (i < holes % steps) for i in range(steps)]
     left = holes
     for i, due in enumerate(table):
-        confidence = torch.full((1, holes), -torch.inf)
-        confidence[:, :left] = 0.5
-        assert quota()(confidence, steps - i, steps, None).item() == due
+        assert COMMITS["quota"]().commit(None, now([[1] * left + [0]], steps - i, steps)).item() == due
         left -= due
     assert left == 0
 
 
 def test_no_evaluation_is_spent_once_a_window_is_full():
-    model = knows([1] * 8)
+    model = Knows([1] * 8)
     step = last(stream(model, Canvas.continuation([[]], 8, model.config), SampleConfig(8, 32, 4)))
     assert model.calls == step.nfe == 8
+
+
+class Counting(Oracle):
+    """Sure of nothing; notes how many holes each evaluation asks about."""
+
+    def __init__(self) -> None:
+        super().__init__(ModelConfig(vocab_size=4, mask_id=3, n_layer=1), lambda x: torch.zeros(*x.shape, 4))
+        self.asked = []
+
+    def forward(self, tokens, attn_mask=None, positions=None, keep=None, cache=None):
+        self.asked.append(len(keep))
+        return super().forward(tokens, keep=keep)
+
+
+@pytest.mark.parametrize("remasking", ["random", "low_confidence"])
+@pytest.mark.parametrize("rule", [{"commit": "ancestral"}, {"revise": "remdm-cap:0.1"}])
+def test_no_evaluation_is_spent_on_a_step_that_commits_nothing(rule, remasking):
+    model = Counting()
+    config = SampleConfig(8, 64, 8, remasking=remasking, **rule)
+    steps = list(stream(model, Canvas.infill([[3] * 8], model.config), config, seed=3))
+    assert all(step.committed.any() for step in steps)
+    assert len(model.asked) == steps[-1].nfe == len(steps) < 50
+
+
+def test_in_random_order_only_the_holes_that_chance_has_chosen_are_computed():
+    model = Counting()
+    last(stream(model, Canvas.infill([[3] * 8], model.config), SampleConfig(8, 4, 8, remasking="random")))
+    assert model.asked == [2, 2, 2, 2]
 
 
 # ---- distributions --------------------------------------------------------------------------------------------------
@@ -170,15 +286,38 @@ def test_first_hitting_samples_the_random_order_distribution():
     assert distance(sampled(model, config), exact) < 1.5 * noise(exact)
 
 
-def test_ancestral_sampling_approaches_it_as_the_steps_grow():
+def ancestral_distribution(model, steps):
+    """p(x) of the ancestral sampler by enumeration: every state of 4 positions, every set of them revealed together."""
+    states = list(itertools.product(range(4), repeat=4))
+    number = {state: i for i, state in enumerate(states)}
+    p_token = model(torch.tensor(states)).softmax(-1).tolist()  # [state][position][token]
+    p = {(3, 3, 3, 3): 1.0}
+    for left in range(steps, 0, -1):
+        after = dict.fromkeys(states, 0.0)
+        for state, mass in p.items():
+            stays = [[(3, 1 - 1 / left)] if token == 3 else [] for token in state]
+            reveals = [[(v, q / left) for v, q in enumerate(row[:3])] for row in p_token[number[state]]]
+            choices = [s + r if t == 3 else [(t, 1.0)] for t, s, r in zip(state, stays, reveals, strict=True)]
+            for choice in itertools.product(*choices):
+                after[tuple(token for token, _ in choice)] += mass * math.prod(q for _, q in choice)
+        p = {state: mass for state, mass in after.items() if mass > 0}
+    return torch.tensor([p.get(state, 0.0) for state in itertools.product(range(3), repeat=4)])
+
+
+@pytest.mark.parametrize("steps", [1, 4, 16])
+def test_the_ancestral_sampler_follows_its_enumerated_distribution(steps):
+    model = table_model()
+    config = SampleConfig(4, steps, 4, temperature=1.0, remasking="random", commit="ancestral")
+    exact = ancestral_distribution(model, steps)
+    assert distance(sampled(model, config), exact) < 1.5 * noise(exact)
+
+
+def test_the_ancestral_samplers_error_is_inverse_to_its_steps():
     model = table_model()
     exact = random_order_distribution(model, 4)
-    found = {}
-    for steps in (1, 4, 64):
-        config = SampleConfig(4, steps, 4, temperature=1.0, remasking="random", commit="ancestral")
-        found[steps] = distance(sampled(model, config), exact)
-    assert found[1] > 2 * found[4] > 2 * found[64]
-    assert found[64] < 0.03
+    scaled = [steps * distance(ancestral_distribution(model, steps), exact) for steps in (8, 16, 32, 64)]
+    assert max(scaled) < 1.2 * min(scaled)
+    assert scaled[0] > 0.1
 
 
 @pytest.mark.parametrize(("steps", "illegal"), [(1, 0.5), (2, 0.0)])
@@ -201,6 +340,16 @@ def test_drawing_follows_the_tempered_softmax():
     tokens = draw(logits.expand(40_000, -1), 0.5, 0, 1.0, torch.Generator().manual_seed(0))
     found = tokens.bincount(minlength=4) / 40_000
     assert torch.allclose(found, (logits / 0.5).softmax(0), atol=0.01)
+
+
+@pytest.mark.parametrize("kinds", [2, 7, 100])
+def test_drawing_in_two_rounds_is_drawing_from_the_softmax(kinds):
+    logits = 2 * torch.randn(kinds, generator=torch.Generator().manual_seed(1))
+    n = 100_000
+    tokens = draw(logits.expand(n, -1), 1.3, 0, 1.0, torch.Generator().manual_seed(0))
+    p = (logits / 1.3).softmax(0)
+    errors = (tokens.bincount(minlength=kinds) / n - p).abs() / (p * (1 - p) / n).sqrt()
+    assert errors.max() < 4.5
 
 
 @pytest.mark.parametrize(
@@ -242,13 +391,14 @@ def test_scores_by_hand():
 )
 def test_commit_rules_by_hand(rule, due):
     confidence = torch.tensor([[0.95, 0.92, 0.8, 0.5, 0.1, -torch.inf]])
-    assert rule(confidence, 3, 10, None).tolist() == [due]
+    assert rule.commit(confidence, now([[1, 1, 1, 1, 1, 0]])).tolist() == [due]
 
 
 def test_the_entropy_bound_adds_up_all_entropies_but_the_largest():
     confidence = -torch.tensor([[0.02, 0.03, 0.04, 0.9, torch.inf], [0.5, 0.6, 0.7, torch.inf, torch.inf]])
-    assert COMMITS["entropy-bound"](0.1)(confidence, 3, 10, None).tolist() == [4, 1]
-    assert COMMITS["entropy-bound"](0.06)(confidence, 3, 10, None).tolist() == [3, 1]
+    here = now([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
+    assert COMMITS["entropy-bound"](0.1).commit(confidence, here).tolist() == [4, 1]
+    assert COMMITS["entropy-bound"](0.06).commit(confidence, here).tolist() == [3, 1]
 
 
 # ---- the end of a text ----------------------------------------------------------------------------------------------
@@ -256,24 +406,24 @@ def test_the_entropy_bound_adds_up_all_entropies_but_the_largest():
 
 def test_an_answer_is_cut_before_its_first_stop_id():
     text = [3, 1, 14, 5, 9, 2, 6, 5]
-    assert generate(knows(text), [[]], SampleConfig(8, 8, 8)) == [[3, 1]]
-    assert generate(knows(text), [[]], SampleConfig(8, 8, 8, stop_at_eos=False)) == [text]
-    assert generate(knows(text), [[]], SampleConfig(8, 8, 8, stop_ids=(9, 5))) == [[3, 1, 14]]
+    assert generate(Knows(text), [[]], SampleConfig(8, 8, 8)) == [[3, 1]]
+    assert generate(Knows(text), [[]], SampleConfig(8, 8, 8, stop_at_eos=False)) == [text]
+    assert generate(Knows(text), [[]], SampleConfig(8, 8, 8, stop_ids=(9, 5))) == [[3, 1, 14]]
 
 
 def test_what_follows_a_stop_id_is_not_computed():
-    model = knows([3, 1, 14, 5, 9, 2, 6, 5])
+    model = Knows([3, 1, 14, 5, 9, 2, 6, 5])
     generate(model, [[]], SampleConfig(8, 8, 4))
     assert model.calls == 3
 
 
 def test_a_stop_id_in_the_prompt_does_not_end_the_answer():
-    assert generate(knows([14, 3, 1, 4, 1]), [[14]], SampleConfig(4, 4, 4)) == [[3, 1, 4, 1]]
+    assert generate(Knows([14, 3, 1, 4, 1]), [[14]], SampleConfig(4, 4, 4)) == [[3, 1, 4, 1]]
 
 
 def test_deferred_stop_ids_are_committed_last():
     text = [14, 1, 4, 14, 5, 9]
-    model, config = knows(text), SampleConfig(6, 6, 6, defer_eos=True, stop_at_eos=False)
+    model, config = Knows(text), SampleConfig(6, 6, 6, defer_eos=True, stop_at_eos=False)
     steps = stream(model, Canvas.infill([[MASK] * 6], model.config), config)
     order = [step.committed[0].nonzero().item() for step in steps]
     assert sorted(order[-2:]) == [0, 3]
@@ -282,7 +432,7 @@ def test_deferred_stop_ids_are_committed_last():
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 10.0, 1e6])
 def test_banned_stop_ids_are_never_written_at_any_temperature(temperature):
     config = SampleConfig(8, 8, 8, temperature=temperature, ban_eos=True)
-    assert all(14 not in generate(knows([14] * 8), [[]], config, seed)[0] for seed in range(10))
+    assert all(14 not in generate(Knows([14] * 8), [[]], config, seed)[0] for seed in range(10))
 
 
 # ---- infilling, guidance, caches ------------------------------------------------------------------------------------
@@ -290,8 +440,22 @@ def test_banned_stop_ids_are_never_written_at_any_temperature(temperature):
 
 def test_holes_anywhere_are_filled_and_the_rest_is_kept():
     text = [3, 1, 4, 1, 5, 9]
-    canvas = Canvas.infill([[MASK, 1, 4, MASK, 5, MASK]], knows(text).config)
-    assert last(stream(knows(text), canvas, SampleConfig(3, 3, 3))).x.tolist() == [text]
+    canvas = Canvas.infill([[MASK, 1, 4, MASK, 5, MASK]], Knows(text).config)
+    assert last(stream(Knows(text), canvas, SampleConfig(3, 3, 3))).x.tolist() == [text]
+
+
+def test_a_span_of_a_given_text_is_written_anew_and_the_rest_is_kept():
+    text = [3, 1, 4, 1, 5, 9]
+    canvas = Canvas.edit([[3, 1, 7, 7, 7, 9], [3, 8, 4, 1]], [(2, 5), (1, 2)], Knows(text).config)
+    x = last(stream(Knows(text), canvas, SampleConfig(4, 4, 4, stop_at_eos=False))).x
+    assert x[0].tolist() == text
+    assert x[1, :4].tolist() == text[:4]
+
+
+@pytest.mark.parametrize("span", [(2, 2), (-1, 2), (1, 5)])
+def test_a_span_outside_the_text_is_refused(span):
+    with pytest.raises(BadInput, match=r"^span: expected a part of the row's 4 tokens, got"):
+        Canvas.edit([[1, 2, 3, 4]], [span], tiny_model().config)
 
 
 def test_guidance_moves_the_logits_away_from_those_without_the_prompt():
@@ -314,12 +478,13 @@ def test_caches_are_exact_for_one_layer(cache, cfg_scale):
     assert generate(model, prompts, cached) == generate(model, prompts, plain)
 
 
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
-def test_a_cache_renewed_at_every_step_changes_nothing(cache):
-    model = tiny_model()
-    prompts = [[1, 2, 3], [4]]
-    one_step_windows = SampleConfig(16, 4, 4, cache=cache)
-    assert generate(model, prompts, one_step_windows) == generate(model, prompts, SampleConfig(16, 4, 4))
+@pytest.mark.parametrize(("cache", "steps"), [("prefix", 4), ("dual", 4), ("refresh:1,1", 16), ("refresh:1,9,1", 16)])
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
+def test_a_cache_renewed_at_every_step_changes_nothing(cache, steps, cfg_scale):
+    """A window's first step computes everything, so windows of one step renew the prefix and the dual cache."""
+    model, prompts = tiny_model(), [[1, 2, 3], [4]]
+    plain = SampleConfig(16, steps, 4, cfg_scale=cfg_scale)
+    assert generate(model, prompts, replace(plain, cache=cache)) == generate(model, prompts, plain)
 
 
 def test_steps_may_be_kept_and_the_stream_left_early():
@@ -342,12 +507,25 @@ def test_steps_may_be_kept_and_the_stream_left_early():
         {"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf}, {"cfg_scale": -1.0},
         {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"remasking": "best"}, {"commit": "all"}, {"cache": "full"},
         {"commit": "threshold:x"}, {"commit": "threshold:-1"}, {"commit": "threshold:nan"}, {"commit": "threshold:inf"},
-        {"commit": "quota:3"}, {"revise": "maybe"},
+        {"commit": "quota:3"}, {"revise": "maybe"}, {"revise": "remdm-cap:-1"}, {"revise": "wino:0.5,0.5,0.5"},
+        {"cache": "refresh:0"}, {"cache": "refresh:1,2,3"}, {"cache": "refresh:1.5"}, {"commit": "klass:0.9,x"},
     ],
 )  # fmt: skip
 def test_a_bad_option_is_refused_by_name(options):
     (name,) = options
     with pytest.raises(BadInput, match=rf"^{name}.*: expected .*, got .*; "):
+        SampleConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("remasking", {"commit": "entropy-bound:0.1"}), ("remasking", {"commit": "klass", "remasking": "margin"}),
+        ("commit", {"commit": "threshold:0.9", "revise": "remdm-conf"}), ("cache", {"cache": "dual", "revise": "wino"}),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together_are_refused(name, options):
+    with pytest.raises(BadInput, match=rf"^{name}: expected .* with|beside .*, got .*; "):
         SampleConfig(**options)
 
 
