@@ -52,6 +52,7 @@ def add_questions(parser: argparse.ArgumentParser, required: bool) -> argparse._
     what.add_argument(
         "--fill", metavar="TEXT", help="text with [MASK] wherever a token is wanted; a token brings its own space"
     )
+    what.add_argument("--edit", metavar="TEXT", help="text with [[a span]] to write anew, in as many tokens")
     what.add_argument("--chat", action="store_true", help="talk over several turns; /reset forgets them, /quit ends")
     what.add_argument("--prompts", type=Path, metavar="FILE", help='many: a text file with one in each line, or .jsonl '
                       'with a "prompt" in each; answers are JSONL')  # fmt: skip
@@ -73,8 +74,9 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if args.out is not None and (args.prompts is None or args.out.exists()):
         got = "one that exists" if args.prompts else "no --prompts"
         raise BadInput(f"out: expected a new file for the answers to --prompts, got {got}; give another, or none")
-    if args.fill is not None and (args.gen_len or args.block_len):
-        raise BadInput("fill: expected neither --gen-len nor --block-len, since the holes decide; leave them out")
+    what = "fill" if args.fill is not None else "edit" if args.edit is not None else None
+    if what and (args.gen_len or args.block_len):
+        raise BadInput(f"{what}: expected neither --gen-len nor --block-len, since the holes decide; leave them out")
     return args
 
 
@@ -103,7 +105,7 @@ def answer(args: argparse.Namespace, talker: Talker) -> None:
         chat(args, talker)
     elif args.prompts is not None:
         answer_file(args, talker)
-    elif args.fill is not None:
+    elif args.fill is not None or args.edit is not None:
         fill(args, talker)
     else:
         prompt = talker.encode(args.prompt or "")
@@ -123,11 +125,17 @@ def write(args: argparse.Namespace, talker: Talker, prompt: list[int], start: in
 
 
 def fill(args: argparse.Namespace, talker: Talker) -> None:
-    check_size("fill", args.fill)
-    row = talker.tokenizer.encode_with_masks(args.fill)
+    """Write what is missing in the middle of a text: its [MASK]s, or the tokens of its [[spans]]."""
+    what, text = ("fill", args.fill) if args.fill is not None else ("edit", args.edit)
+    check_size(what, text)
+    encode, sign = {
+        "fill": (talker.tokenizer.encode_with_masks, "[MASK]"),
+        "edit": (talker.tokenizer.encode_to_edit, "[[span]]"),
+    }[what]
+    row = encode(text)
     holes = [i for i, token in enumerate(row) if token == talker.model.config.mask_id]
     if not holes:
-        raise BadInput("fill: expected at least one [MASK] in the text, got none; write it where a token is wanted")
+        raise BadInput(f"{what}: expected at least one {sign} in the text, got none; write it where text is wanted")
     # One window over all the holes, and nothing after an end of text is thrown away: it is the middle of a text.
     width = holes[-1] + 1 - holes[0]
     defaults = {"gen_len": width, "block_len": width, "ban_eos": True, "stop_at_eos": False}

@@ -4,6 +4,7 @@ Ids are plain lists of int. Text is never altered (no lower-casing, no CRLF chan
 a typed "[MASK]" is six ordinary characters, unless `encode_with_masks` is asked to read it as a hole.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -162,6 +163,15 @@ class Tokenizer:
             raise BadInput("tokenizer: expected a mask token, got none; load it with special={'mask': id}")
         first, *others = self.encode_batch(text.split(KNOWN["mask"][0]))
         return first + [id for ids in others for id in (self.mask_id, *ids)]
+
+    def encode_to_edit(self, text: str) -> list[int]:
+        """For editing: each "[[span]]" is as many holes as its words, with a blank before them, have tokens."""
+        if self.mask_id is None:
+            raise BadInput("tokenizer: expected a mask token, got none; load it with special={'mask': id}")
+        pieces = re.split(r"( ?)\[\[(.+?)\]\]", text, flags=re.DOTALL)  # given, blank, span, ..., given
+        spans = self.encode_batch([blank + span for blank, span in zip(pieces[1::3], pieces[2::3], strict=True)])
+        given = self.encode_batch(pieces[::3])
+        return [id for ids, span in zip(given, [*spans, []], strict=True) for id in (*ids, *[self.mask_id] * len(span))]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of the ids; bytes that are no UTF-8 become U+FFFD. Raises BadInput for an unknown id."""

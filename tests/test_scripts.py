@@ -201,6 +201,8 @@ FAULTS = [
     (["--prompt", "\udcff"], "the lone surrogate U+DCFF"),
     (["--fill", "nothing to fill"], "fill: expected at least one [MASK]"),
     (["--fill", "x" * (PROMPT_CAP + 1)], "fill: expected at most 1048576 bytes"),
+    (["--edit", "nothing to [edit]"], "edit: expected at least one [[span]]"),
+    (["--edit", "a [[b]]", "--block-len", "4"], "edit: expected neither"),
     (["--prompts", "no-such-file"], "no-such-file: expected a file"),
     (["--prompt", "a", "--out", "x"], "out: expected a new file for the answers to --prompts, got no --prompts"),
     (["--prompt", "a", "--what"], "unrecognized arguments"),
@@ -286,6 +288,13 @@ def test_a_text_with_holes_is_filled_and_the_rest_kept(call, home):
     assert code == 0 and out[0] == "a" and "b" in out
     code, out, _ = call("sample.py", home, "--fill", "a[MASK][MASK]b[MASK]", "--device", "cpu")
     assert code == 0 and out.startswith("--- step 1, 33% written\na") and "--- step 3, 100% written" in out
+
+
+def test_a_span_is_written_anew_and_the_rest_kept(call, home):
+    code, out, _ = call("sample.py", home, "--edit", "a[[bcd]]e", "--quiet", "--device", "cpu")
+    assert code == 0 and out[0] == "a" and out.strip()[-1] == "e"
+    code, out, _ = call("sample.py", home, "--edit", "a[[bcd]]e", "--device", "cpu")
+    assert code == 0 and "--- step 3, 100% written" in out
 
 
 def test_both_scripts_chat_alike(call, home):

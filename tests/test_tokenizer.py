@@ -60,6 +60,14 @@ def test_masks_of_an_infilling_are_holes_and_the_text_between_is_encoded_apart(t
     assert tokenizer.encode_with_masks("[MASK]") == [tokenizer.mask_id]
 
 
+def test_a_span_to_edit_is_as_many_holes_as_its_words_have_tokens(tokenizer):
+    ids, span = tokenizer.encode_to_edit("the [[cat\nsat]] on"), tokenizer.encode(" cat\nsat")
+    assert ids == [*tokenizer.encode("the"), *[tokenizer.mask_id] * len(span), *tokenizer.encode(" on")]
+    assert tokenizer.encode_to_edit("the [cat] sat") == tokenizer.encode("the [cat] sat")
+    two = tokenizer.encode_to_edit("[[a]][[t]]")
+    assert two == [tokenizer.mask_id] * len(tokenizer.encode("a") + tokenizer.encode("t"))
+
+
 def test_our_special_tokens_come_first_and_are_skipped_by_decode(tokenizer):
     assert (tokenizer.mask_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (0, 1, 2, 3)
     ids = [2, *tokenizer.encode("cat"), 0, 1, 3]
