@@ -14,7 +14,6 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -43,10 +42,11 @@ class Timed(torch.nn.Module):
 
 
 @torch.no_grad()
-def plain(model: Callable, x: Tensor, config: SampleConfig, mask_id: int, windows: int) -> Tensor:
+def plain(model: torch.nn.Module, x: Tensor, config: SampleConfig, windows: int) -> Tensor:
     """The textbook loop: logits, softmax and argmax of every position at every step, then row by row."""
-    x = x.clone()
-    for start in range(PROMPT, PROMPT + windows * config.block_len, config.block_len):
+    x, mask_id = x.clone(), model.config.mask_id
+    prompt = x.shape[1] - config.gen_len
+    for start in range(prompt, prompt + windows * config.block_len, config.block_len):
         for _ in range(config.steps * config.block_len // config.gen_len):
             logits = model(x)  # (B,T,V)
             p = logits.softmax(-1)
@@ -61,7 +61,7 @@ def plain(model: Callable, x: Tensor, config: SampleConfig, mask_id: int, window
     return x
 
 
-def ours(model: Callable, x: Tensor, config: SampleConfig, windows: int) -> Tensor:
+def ours(model: torch.nn.Module, x: Tensor, config: SampleConfig, windows: int) -> Tensor:
     steps = stream(model, Canvas(x, torch.ones_like(x, dtype=torch.bool)), config)
     for step in islice(steps, windows * config.steps * config.block_len // config.gen_len):  # noqa: B007
         pass
@@ -90,7 +90,7 @@ def main() -> None:
         x = torch.randint(args.vocabulary - 1, (batch, PROMPT + CONFIG.gen_len))
         x[:, PROMPT:] = model.config.mask_id
         loops = {
-            "plain loop, fp32": lambda m, x=x: plain(m, x, CONFIG, model.config.mask_id, args.windows),
+            "plain loop, fp32": lambda m, x=x: plain(m, x, CONFIG, args.windows),
             "ours, fp32": lambda m, x=x: ours(m, x, CONFIG, args.windows),
             "ours, bf16": lambda m, x=x: ours(m, x, CONFIG, args.windows),
             "ours, fp32, random order": lambda m, x=x: ours(m, x, replace(CONFIG, remasking="random"), args.windows),

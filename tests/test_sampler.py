@@ -157,9 +157,7 @@ options = st.fixed_dictionaries(
 prompts = st.lists(st.lists(st.integers(0, 12), max_size=6), min_size=1, max_size=3)
 
 
-@settings(max_examples=150, deadline=None)
-@given(options, prompts, st.integers(0, 2**31))
-def test_the_prompt_never_changes_and_no_hole_is_left(options, prompts, seed):
+def check_what_is_always_true(options, prompts, seed):
     model, config = tiny_model(), SampleConfig(**options)
     canvas = Canvas.continuation(prompts, config.gen_len, model.config)
     before = canvas.x.clone()
@@ -176,6 +174,19 @@ def test_the_prompt_never_changes_and_no_hole_is_left(options, prompts, seed):
     if options["ban_eos"]:
         assert not (step.x[~given_tokens] == 14).any()
     assert len(generate(model, prompts, config, seed)) == len(prompts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(options, prompts, st.integers(0, 2**31))
+def test_the_prompt_never_changes_and_no_hole_is_left(options, prompts, seed):
+    check_what_is_always_true(options, prompts, seed)
+
+
+@pytest.mark.soak
+@settings(max_examples=2000, deadline=None)
+@given(options, prompts, st.integers(0, 2**31))
+def test_the_same_holds_for_two_thousand_examples(options, prompts, seed):
+    check_what_is_always_true(options, prompts, seed)
 
 
 @settings(max_examples=50, deadline=None)

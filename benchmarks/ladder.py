@@ -1,0 +1,169 @@
+"""The speed ladder: what each rung of faster decoding brings on trained models, and what it costs in quality.
+
+    python train_tiny.py --preset small --tokenizer bpe:4096 --batch-size 8 --length 160 --minutes 45 --out runs/docs
+    python benchmarks/ladder.py runs/docs --sums runs/sums
+
+The second command trains a small model on lines of 32 additions first (for --minutes), unless its directory exists.
+For every prompt each rung decodes 128 new tokens, batch 1, one after the other in the same run; time is the median over
+prompts. Writes docs/ladder.json and docs/ladder.png.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from sampling import CONFIG, PROMPT, plain
+from torch import nn
+
+import minillada
+from minillada import Canvas, LLaDA, ModelConfig, SampleConfig, Tokenizer, TrainConfig, log_likelihoods, stream
+from minillada.data import read_text, training_part
+from minillada.diffusion import exact_count, model_bound, sample_t
+from minillada.optim import make_optimizers, set_rate
+from minillada.tasks import make_task
+
+DOCS = Path(__file__).parents[1] / "docs"
+RUNGS: dict[str, dict] = {
+    "plain loop": {},
+    "exact tricks": {},
+    "dual cache": {"cache": "dual"},
+    "entropy-bound 0.1": {"commit": "entropy-bound:0.1", "remasking": "entropy"},
+    "klass": {"commit": "klass:0.9,0.01"},
+    "factor 1": {"commit": "factor:1"},
+    "threshold 0.9": {"commit": "threshold:0.9"},
+    "threshold 0.9 + prefix cache": {"commit": "threshold:0.9", "cache": "prefix"},
+    "threshold 0.9 + dual cache": {"commit": "threshold:0.9", "cache": "dual"},
+    "threshold 0.9 + refresh": {"commit": "threshold:0.9", "cache": "refresh:50,7,0.25"},
+}
+
+
+def train_sums(directory: Path, minutes: float) -> None:
+    """A small model that answers lines of 32 additions; only the answers are noised."""
+    examples = make_task("sums:32", 30_000, 0, 1).train
+    tokenizer = Tokenizer.characters([examples[0].text, "0123456789\n"])
+    rows = torch.tensor(tokenizer.encode_batch([example.text + "\n" for example in examples]))
+    maskable = (torch.arange(rows.shape[1]) >= len(examples[0].prompt)).expand(8, -1)
+    torch.manual_seed(0)
+    ids = {"mask_id": tokenizer.mask_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    shape = {"n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1024, "rope_theta": 100.0}
+    model = LLaDA(ModelConfig(vocab_size=tokenizer.vocab_size, max_len=rows.shape[1], **ids, **shape))
+    config, rng = TrainConfig(minutes=minutes), torch.Generator().manual_seed(0)
+    optimizers = make_optimizers(model, config)
+    start = time.perf_counter()
+    while (progress := (time.perf_counter() - start) / 60 / minutes) < 1:
+        set_rate(optimizers, config, progress)
+        x0 = rows[torch.randint(len(rows), (8,), generator=rng)]
+        noised = exact_count(x0, tokenizer.mask_id, sample_t(8, rng), rng, maskable)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model_bound(model, x0, noised).mean() / maskable[0].sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    print(f"sums: {loss.item():.4f} nats per character after {minutes} minutes")
+    minillada.save(model, directory, tokenizer)
+
+
+def decode(model: LLaDA, prompt: list[int], options: dict, config: SampleConfig, loop: bool) -> tuple[list, float, int]:
+    """The new tokens, seconds, and evaluations of the model."""
+    canvas = Canvas.continuation([prompt], config.gen_len, model.config)
+    start = time.perf_counter()
+    if loop:
+        x, nfe = plain(model, canvas.x, config, config.gen_len // config.block_len), config.steps
+    else:
+        for step in stream(model, canvas, replace(config, **options)):  # noqa: B007
+            pass
+        x, nfe = step.x, step.nfe
+    return x[0, len(prompt) :].tolist(), time.perf_counter() - start, nfe
+
+
+def climb(model: LLaDA, prompts: list[list[int]], config: SampleConfig, quality: Callable) -> list[dict]:
+    """Every rung for every prompt; quality(index of the prompt, answer) -> float, the mean of which is reported."""
+    runs = {name: [] for name in RUNGS}
+    for i, prompt in enumerate(prompts):
+        for name, options in RUNGS.items():
+            answer, seconds, nfe = decode(model, prompt, options, config, name == "plain loop")
+            runs[name].append((answer, seconds, nfe, quality(i, answer)))
+        print(f"prompt {i + 1} of {len(prompts)}", end="\r", flush=True)
+    table = []
+    base = statistics.median(seconds for _, seconds, _, _ in runs["plain loop"])
+    for name, results in runs.items():
+        seconds = statistics.median(s for _, s, _, _ in results)
+        pairs = [
+            (a, b)
+            for (x, *_), (y, *_) in zip(results, runs["plain loop"], strict=True)
+            for a, b in zip(x, y, strict=True)
+        ]
+        changed = sum(a != b for a, b in pairs) / len(pairs)
+        table.append({"rung": name, "seconds": seconds, "times_plain": base / seconds,
+                      "nfe": statistics.mean(n for _, _, n, _ in results), "changed": changed,
+                      "quality": statistics.mean(q for *_, q in results)})  # fmt: skip
+        print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{v}" for k, v in table[-1].items()))
+    return table
+
+
+def docs(run: Path, n: int) -> list[dict]:
+    """Prompts from the validation text. Quality: nats per token of what was written, given the prompt, by the model."""
+    model, tokenizer = minillada.load(run)
+    text = "".join(read_text(json.loads((run / "run.json").read_text())["data"]))
+    ids = tokenizer.encode(text[training_part(len(text)) :])
+    starts = range(0, len(ids) - PROMPT, len(ids) // n)
+    prompts = [ids[i : i + PROMPT] for i in starts][:n]
+
+    def nats(i: int, answer: list[int]) -> float:
+        return -log_likelihoods(model, [(prompts[i], answer)], n_samples=16)[0].item() / len(answer)
+
+    return climb(model, prompts, replace(CONFIG, ban_eos=True), nats)
+
+
+def sums(directory: Path, n: int) -> list[dict]:
+    """Lines of 32 additions of pairs that were held out from training. Quality: the share of right sums."""
+    model, tokenizer = minillada.load(directory)
+    task = make_task("sums:32", 1, 0, n)
+    prompts = tokenizer.encode_batch([example.prompt for example in task.test])
+
+    def right(i: int, answer: list[int]) -> float:
+        return task.check(task.test[i], tokenizer.decode(answer))
+
+    return climb(model, prompts, CONFIG, right)
+
+
+def draw(results: dict[str, list[dict]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    titles = {"docs": "nats per token of what was written", "sums": "share of right sums"}
+    for axes, (name, rungs) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        for rung in rungs:
+            axes.plot(rung["times_plain"], rung["quality"], "o", color="tab:blue")
+            axes.annotate(" " + rung["rung"], (rung["times_plain"], rung["quality"]), fontsize=8, rotation=20)
+        axes.set(xscale="log", xlabel="times as fast as the plain loop", ylabel=titles[name], title=name)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("docs", type=Path, help="a run of train_tiny.py")
+    parser.add_argument("--sums", type=Path, default=Path("runs/sums"))
+    parser.add_argument("--minutes", type=float, default=12.0, help="of training, if there is no such directory yet")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=DOCS / "ladder.json")
+    args = parser.parse_args()
+    if not args.sums.exists():
+        train_sums(args.sums, args.minutes)
+    about = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    results = {"docs": docs(args.docs, args.prompts), "sums": sums(args.sums, args.prompts)}
+    args.out.write_text(json.dumps(about | results, indent=1) + "\n")
+    draw(results, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
