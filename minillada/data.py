@@ -4,10 +4,11 @@ A source is a name in `CORPORA`, a text file, a JSONL file, a directory, or a se
 so memory does not depend on its size nor on the length of its lines. Two things are altered on the way, nothing else:
 every line end (CRLF or CR) becomes LF, and a byte-order mark at the start of a file is dropped.
 
-    source -> documents -> chunks of str -> train.bin, val.bin -> (B,T) batches
+    source -> documents -> pieces of str -> train.bin, val.bin -> (B,T) batches
 """
 
 import codecs
+import errno
 import hashlib
 import io
 import json
@@ -16,21 +17,31 @@ import stat
 import sys
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
-from itertools import chain
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from .errors import BadInput, BadLuck
-from .files import one_line, replacing, write_file, write_json
+from .errors import BadInput, BadLuck, check_whole
+from .files import one_line, write_file, write_json
 from .tales import tales
 from .tokenizer import Tokenizer, refuse_surrogates
 
-CHUNK = 1 << 18  # bytes of a file, and so at most characters, that are worked on at a time
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+CHUNK = 1 << 18  # bytes of a file, and so at most characters, that are read at a time
+GROUP = 1 << 21  # characters that are encoded together, by all processors, and then safe on the disk
+MERGES_FROM = 1 << 26  # characters that merges are learned from at most: more would hardly change them
 MAX_LINE = 1 << 26  # bytes of one JSONL line: it must be parsed whole
 TEXT_SUFFIXES = (".txt", ".md")  # the files that a directory is searched for
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -188,12 +199,13 @@ def make_tokenizer(kind: str, source: Source, field: str = "text") -> Tokenizer:
 
 
 def training_text(source: Source, field: str = "text") -> Iterator[str]:
-    """`read_text` without the last tenth of its characters."""
-    left = training_part(sum(map(len, read_text(source, field))))
+    """`read_text` without the last tenth of its characters, and of a large text no more than the first 67 million."""
+    left = min(training_part(sum(map(len, read_text(source, field)))), MERGES_FROM)
     for chunk in read_text(source, field):
-        if left > 0:
-            yield chunk[:left]
+        yield chunk[:left]
         left -= len(chunk)
+        if left <= 0:
+            return
 
 
 # ---- ids on disk
@@ -210,75 +222,183 @@ class Tokens:
     fingerprint: str  # SHA-256 of the tokenizer and the text
 
 
+PARTS = ("train", "val")
+
+
 def tokenise(
     source: Source, tokenizer: Tokenizer, directory: str | Path, length: int = 1, field: str = "text"
 ) -> Tokens:
     """Write the ids of a source to files in `directory`, or find them there if neither text nor tokenizer changed.
 
-    Several documents are separated by eos. The split is made before tokenising, so no token straddles it.
+    Several documents are separated by eos. The split is made before tokenising, so no token straddles it. What was
+    interrupted goes on from where it was; of several processes one writes and the others wait for it.
     Raises BadInput if either part is shorter than `length` tokens.
     """
     fingerprint, characters = survey(source, tokenizer, field)
     base = Path(directory) / fingerprint[:16]  # another text or tokenizer has other files: none is ever overwritten
-    counts = whole(base) or write_tokens(source, tokenizer, base, training_part(characters), field)
-    for part in ("train", "val"):
+    counts = whole(base) or write_tokens(source, tokenizer, base, fingerprint, characters, field)
+    for part in PARTS:
         found = counts[part]["tokens"]
         if found < length:
             fix = "give more text or a shorter context"
             raise BadInput(f"data: expected at least {length} tokens for {part}, got {found}; {fix}")
-    train, val = (np.memmap(f"{base}.{part}.bin", counts["dtype"], "r") for part in ("train", "val"))
+    train, val = (np.memmap(f"{base}.{part}.bin", counts["dtype"], "r") for part in PARTS)
     characters, size = (counts["val"][unit] / counts["val"]["tokens"] for unit in ("characters", "bytes"))
     return Tokens(train, val, characters, size, fingerprint)
 
 
 def survey(source: Source, tokenizer: Tokenizer, field: str) -> tuple[str, int]:
     """The SHA-256 of tokenizer and text, and the text's number of characters. Raises BadInput if there are none."""
-    digest, characters = hashlib.sha256(f"{tokenizer.to_json()}{tokenizer.eos_id}".encode()), 0
-    for document in documents(source, field):
-        for chunk in document:
-            digest.update(chunk.encode())
-            characters += len(chunk)
-        digest.update(b"\0")  # where a document ends; no text holds it
+    digest = digest_of(tokenizer)
+    characters = sum(len(text) for _, text in pieces(source, field, digest))
     if not characters:
         raise BadInput(f"data: expected some text, got none in {source}; give another file")
     return digest.hexdigest(), characters
 
 
-def whole(base: Path) -> dict | None:
-    """The counts of the files of `base` if all three are there and of the right size."""
+def digest_of(tokenizer: Tokenizer) -> "hashlib._Hash":
+    return hashlib.sha256(f"{tokenizer.to_json()}{tokenizer.eos_id}".encode())
+
+
+def pieces(source: Source, field: str, digest: "hashlib._Hash", cut: int = sys.maxsize) -> Iterator[tuple[str, str]]:
+    """The text as (part, text), the first `cut` characters for training; "" stands between two documents.
+
+    What has been read is also in the digest, where each document ends with a NUL, which no text holds.
+    """
+    for number, document in enumerate(documents(source, field)):
+        if number:
+            yield "train" if cut > 0 else "val", ""
+        for chunk in document:
+            digest.update(chunk.encode())
+            for part, text in zip(PARTS, (chunk[:cut], chunk[cut:]), strict=True):
+                if text:
+                    yield part, text
+            cut = max(cut - len(chunk), 0)
+        digest.update(b"\0")
+
+
+def groups(stream: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """The same pieces in lists of about GROUP characters, however short the documents are."""
+    group, size = [], 0
+    for piece in stream:
+        group.append(piece)
+        size += len(piece[1]) + 1
+        if size >= GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def recorded(base: Path) -> dict | None:
+    """What base.json counts, if the files hold it: all there is or, with "pieces", what an interrupted call did."""
     try:
         counts = json.loads(base.with_suffix(".json").read_bytes())
         width = np.dtype(counts["dtype"]).itemsize
-        sizes = {part: Path(f"{base}.{part}.bin").stat().st_size for part in ("train", "val")}
-        return counts if all(sizes[part] == counts[part]["tokens"] * width for part in sizes) else None
+        for part in PARTS:
+            size, counted = Path(f"{base}.{part}.bin").stat().st_size, counts[part]["tokens"] * width
+            if size < counted or (size > counted and "pieces" not in counts):
+                return None
+        return counts
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def write_tokens(source: Source, tokenizer: Tokenizer, base: Path, cut: int, field: str) -> dict:
-    """Write base.train.bin (the first `cut` characters), base.val.bin (the others), and last base.json, the counts."""
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    counts = {"dtype": dtype} | {part: {"tokens": 0, "characters": 0, "bytes": 0} for part in ("train", "val")}
-    with replacing(Path(f"{base}.train.bin")) as train, replacing(Path(f"{base}.val.bin")) as val:
-        files = {"train": train, "val": val}
+def whole(base: Path) -> dict | None:
+    """The counts of the files of `base` if they are finished and of the right size."""
+    counts = recorded(base)
+    return counts if counts and "pieces" not in counts else None
 
-        def write(part: str, ids: list[int], text: str = "") -> None:
-            files[part].write(np.array(ids, dtype).tobytes())
-            for unit, amount in zip(counts[part], (len(ids), len(text), len(text.encode())), strict=True):
-                counts[part][unit] += amount
 
-        for number, document in enumerate(documents(source, field)):
-            if number and tokenizer.eos_id is None:
-                raise BadInput("tokenizer: expected an eos id to put between documents, got none; give one document")
-            if number:
-                write("train" if cut > 0 else "val", [tokenizer.eos_id])
-            for chunk in document:
-                for part, text in (("train", chunk[:cut]), ("val", chunk[cut:])):
-                    if text:
-                        write(part, tokenizer.encode(text), text)
-                cut = max(cut - len(chunk), 0)
+def pass_over(stream: Iterator[tuple[str, str]], counts: dict) -> bool:
+    """Read past the pieces that are done; False if the text is not cut as it was, as after a change of line ends."""
+    seen = dict.fromkeys(PARTS, 0)
+    for part, text in islice(stream, counts["pieces"]):
+        seen[part] += len(text)
+    return all(seen[part] == counts[part]["characters"] for part in PARTS)
+
+
+def write_tokens(
+    source: Source, tokenizer: Tokenizer, base: Path, fingerprint: str, characters: int, field: str
+) -> dict:
+    """Write base.train.bin, base.val.bin and base.json, their counts; or finish what an earlier call left.
+
+    After each group the disk has its ids first and then a base.json that counts them, with the number of "pieces"
+    done; what is past those counts was never promised and is cut off. The finished base.json has no "pieces".
+    """
+    undone = f"{base}: expected to write ids", "make room and start again: it goes on from here"
+    with one_line(*undone), locked(base.with_name(f".{base.name}.lock")):
+        if counts := whole(base):
+            return counts  # somebody else's, while we waited
+        try:
+            write_groups(source, tokenizer, base, fingerprint, characters, field)
+        except BadInput:  # the text is to blame: with another one these files are of no use
+            discard(base)
+            raise
+    return whole(base)
+
+
+def write_groups(
+    source: Source, tokenizer: Tokenizer, base: Path, fingerprint: str, characters: int, field: str
+) -> None:
+    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
+    counts, digest, cut = recorded(base), digest_of(tokenizer), training_part(characters)
+    stream = pieces(source, field, digest, cut)
+    if counts is None or not pass_over(stream, counts):
+        discard(base)  # not emptied: a process may still read the old ones
+        counts = {part: {"tokens": 0, "characters": 0, "bytes": 0} for part in PARTS}
+        counts |= {"dtype": dtype.name, "pieces": 0}
+        digest = digest_of(tokenizer)
+        stream = pieces(source, field, digest, cut)
+    with ExitStack() as stack:
+        files = {part: stack.enter_context(open(f"{base}.{part}.bin", "ab")) for part in PARTS}
+        for part, file in files.items():
+            file.truncate(counts[part]["tokens"] * dtype.itemsize)
+        done = sum(counts[part]["characters"] for part in PARTS)
+        shown = {"unit_scale": True, "delay": 1, "leave": False, "disable": None}  # None: only on a terminal
+        bar = stack.enter_context(tqdm(desc="tokenising", total=characters, initial=done, unit=" characters", **shown))
+        for group in groups(stream):
+            rows = iter(tokenizer.encode_batch([text for _, text in group if text]))
+            for part, text in group:
+                if not text and tokenizer.eos_id is None:
+                    fix = "give one document"
+                    raise BadInput(f"tokenizer: expected an eos id to put between documents, got none; {fix}")
+                ids = next(rows) if text else [tokenizer.eos_id]
+                files[part].write(np.array(ids, dtype).tobytes())
+                for unit, n in (("tokens", len(ids)), ("characters", len(text)), ("bytes", len(text.encode()))):
+                    counts[part][unit] += n
+                bar.update(len(text))
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            counts["pieces"] += len(group)
+            write_json(base.with_suffix(".json"), counts)
+    if digest.hexdigest() != fingerprint:
+        raise BadInput(f"data: expected {source} to stay as it is while it is read, got another text; start again")
+    del counts["pieces"]
     write_json(base.with_suffix(".json"), counts)
-    return counts
+
+
+def discard(base: Path) -> None:
+    for path in (base.with_suffix(".json"), *(Path(f"{base}.{part}.bin") for part in PARTS)):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, waiting for whoever does. It goes when the process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        while not fcntl:
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+                break
+            except OSError as error:  # it gives up after ten seconds
+                if error.errno != errno.EDEADLK:
+                    raise
+        yield
 
 
 # ---- batches
@@ -299,6 +419,29 @@ def batches(tokens: np.ndarray, batch_size: int, length: int, generator: torch.G
     while True:
         starts = torch.randint(len(tokens) - length + 1, (batch_size,), generator=generator)
         yield windows(tokens, starts.tolist(), length)
+
+
+def shuffled(tokens: np.ndarray, batch_size: int, length: int, seed: int, start: int = 0) -> Iterator[torch.Tensor]:
+    """For ever from the batch number `start` (from 0): (B,T) long. Batch n depends on the seed and on n alone.
+
+    An epoch is N windows side by side, each once, in random order and from a random phase: their borders move. Fewer
+    than 2 T - 1 tokens, at the two ends, are left out of an epoch. Memory: 16 bytes per window.
+    """
+    check_length(tokens, length)
+    check_whole("seed", seed, 0)
+    n_windows = max(1, (len(tokens) - length + 1) // length)  # the same for every phase up to T - 1
+    epoch, taken = divmod(start * batch_size, n_windows)
+    starts = chain.from_iterable(epoch_of(tokens, n_windows, length, seed, number) for number in count(epoch))
+    starts = islice(starts, taken, None)
+    while True:
+        yield windows(tokens, islice(starts, batch_size), length)
+
+
+def epoch_of(tokens: np.ndarray, n_windows: int, length: int, seed: int, number: int) -> np.ndarray:
+    """Where the windows of an epoch start, in its order, (N,)."""
+    rng = np.random.default_rng((seed, number))
+    phase = rng.integers(len(tokens) - n_windows * length, endpoint=True)
+    return phase + length * rng.permutation(n_windows)
 
 
 def validation_batch(tokens: np.ndarray, n: int, length: int) -> torch.Tensor:

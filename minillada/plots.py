@@ -6,24 +6,54 @@ from statistics import fmean
 
 
 def loss_curve(run: Path) -> Path | None:
-    """Draw RUN/log.jsonl as RUN/loss.png and return its path; None where matplotlib is not installed."""
+    """Draw RUN/log.jsonl as RUN/loss.png and return its path; None where matplotlib is not installed.
+
+    Left, the loss and the bound by step. Right, if the evaluations logged "levels" [[t, nats per masked token], ...],
+    the loss by masking level at the first, the middle and the last of them: the curve that explains the loss.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="upper bound of -log p, nats per character")
-    steps = [r["step"] for r in records]
-    losses = [r["loss"] / r["characters_per_token"] for r in records]
-    width = max(1, len(losses) // 50)
-    smooth = [fmean(losses[max(0, i - width) : i + 1]) for i in range(len(losses))]
-    axes.plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=0.5)
-    axes.plot(steps, smooth, color="tab:blue", label=f"training, mean of {width} steps")
-    bounds = [(r["step"], r["bound"]) for r in records if r["bound"] is not None]
-    axes.plot(*zip(*bounds, strict=True), "o-", color="tab:orange", label="validation")
-    axes.set_ylim(bottom=0, top=min(max(losses), 2.5 * smooth[-1]))
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    evaluations = [r for r in records if r.get("levels")]
+    figure = Figure(figsize=(10 if evaluations else 6.5, 4), layout="constrained")
+    panels = figure.subplots(1, 2 if evaluations else 1, squeeze=False)[0]
+    for axes, draw, data in zip(panels, (draw_steps, draw_levels), (records, evaluations), strict=False):
+        draw(axes, data)
+        axes.legend(
+            frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, columnspacing=1.2
+        )  # above the data
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.92")
+        axes.set_axisbelow(True)
     figure.savefig(run / "loss.png", dpi=150)
     return run / "loss.png"
+
+
+def draw_steps(axes, records: list[dict]) -> None:
+    """Every step's loss and its running mean, and the bound where it was evaluated. What is not finite is left out."""
+    finite = [r for r in records if r["loss"] is not None]
+    steps, losses = [r["step"] for r in finite], [r["loss"] / r["characters_per_token"] for r in finite]
+    bounds = [(r["step"], r["bound"]) for r in records if r["bound"] is not None]
+    width = max(1, len(losses) // 50)
+    smooth = [fmean(losses[max(0, i - width + 1) : i + 1]) for i in range(len(losses))]
+    label = f"training, mean of {width} steps" if width > 1 else "training"
+    axes.plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=0.5)
+    axes.plot(steps, smooth, "o-" if len(steps) == 1 else "-", color="tab:blue", label=label)
+    axes.plot(*zip(*bounds, strict=True) if bounds else ((), ()), "o-", color="tab:orange", ms=4, label="validation")
+    top = min(1.05 * max(losses), 2.5 * smooth[-1]) if losses else 0
+    axes.set_ylim(0, top or 1)
+    axes.set(xlabel="step", ylabel="upper bound of −log p, nats per character")
+
+
+def draw_levels(axes, evaluations: list[dict]) -> None:
+    """The validation's loss by masking level: few holes are easy, an empty canvas knows frequencies alone."""
+    chosen = sorted({0, len(evaluations) // 2, len(evaluations) - 1})
+    for i, shade in zip(chosen, ("#fdc086", "#f0801a", "#8c3a04")[-len(chosen) :], strict=True):
+        t, nats = zip(*evaluations[i]["levels"], strict=True)
+        nats = [float("nan") if x is None else x for x in nats]
+        axes.plot(t, nats, "o-", color=shade, ms=4, label=f"step {evaluations[i]['step']:,}")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="masking level t, share of tokens masked", ylabel="validation, nats per masked token")

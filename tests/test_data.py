@@ -4,16 +4,19 @@ import hashlib
 import http.server
 import json
 import os
+import subprocess
 import sys
 import threading
+import time
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from minillada import data
-from minillada.data import batches, cache_dir, read_text, tokenise, validation_batch
+from minillada.data import batches, cache_dir, read_text, shuffled, tokenise, validation_batch
 from minillada.errors import BadInput, BadLuck
 from minillada.tokenizer import Tokenizer
 
@@ -36,6 +39,11 @@ def file(tmp_path):
 
 def whole(source, **options):
     return "".join(read_text(source, **options))
+
+
+def visible(directory):
+    """The names there, without those of locks."""
+    return sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
 
 
 # ---- reading
@@ -128,7 +136,8 @@ def test_a_line_of_jsonl_that_is_too_long_is_refused(file, monkeypatch):
         whole(file('{"text": "aaaaaaaaaaaaaaaaaaaa"}', "d.jsonl"))
 
 
-def test_memory_does_not_grow_with_the_length_of_a_line(file, tmp_path):
+def test_memory_does_not_grow_with_the_length_of_a_line(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "GROUP", data.CHUNK)
     path = file(b"all in one line " * 500_000)  # 8 MB
     tokenizer = Tokenizer.characters(read_text(path))
     tracemalloc.start()
@@ -182,7 +191,7 @@ def test_files_are_reused_until_the_text_or_the_tokenizer_changes(file, tmp_path
     path, ids = file("the cat sat on the mat " * 9), tmp_path / "ids"
 
     def written():
-        return {p.name: p.stat().st_mtime_ns for p in ids.iterdir()}
+        return {name: (ids / name).stat().st_mtime_ns for name in visible(ids)}
 
     first = tokenise(path, BYTES, ids).fingerprint
     before = written()
@@ -208,7 +217,168 @@ def test_a_fault_on_the_way_leaves_no_files(file, tmp_path):
     letters = Tokenizer.characters(["ab"])
     with pytest.raises(BadInput, match=r"U\+0063"):
         tokenise(file("ab" * 50 + "c"), letters, tmp_path / "ids")
-    assert list((tmp_path / "ids").iterdir()) == []
+    assert visible(tmp_path / "ids") == []
+
+
+@pytest.fixture
+def story(file, monkeypatch):
+    """A text of several documents and many groups, and what its ids are when each piece is encoded alone."""
+    monkeypatch.setattr(data, "CHUNK", 64)
+    monkeypatch.setattr(data, "GROUP", 200)
+    path = file("".join(json.dumps({"text": f"{i} sheep, Bär, €. " * 10}) + "\n" for i in range(9)), "d.jsonl")
+    files = [path, file("the cat sat on the mat\r\n" * 30)]
+    tokenizer = Tokenizer.bpe(["the cat sat on the mat, sheep"], 280)
+    texts = [list(chunks) for chunks in data.documents(files)]
+    cut, ids = sum(len(c) for chunks in texts for c in chunks) * 9 // 10, {"train": [], "val": []}
+    for number, chunks in enumerate(texts):
+        if number:
+            ids["train" if cut > 0 else "val"].append(tokenizer.eos_id)
+        for chunk in chunks:
+            ids["train"] += tokenizer.encode(chunk[: max(cut, 0)])
+            ids["val"] += tokenizer.encode(chunk[max(cut, 0) :])
+            cut -= len(chunk)
+    return files, tokenizer, ids
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a SIGKILL."""
+
+
+def killed_at(monkeypatch, moment, call):
+    """Run call, and end it before the write of JSON number `moment` (from 0); whether it got so far."""
+    count = iter(range(moment))
+
+    def write_json(path, document):
+        if next(count, None) is None:
+            raise Killed
+        return right(path, document)
+
+    right = data.write_json
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "write_json", write_json)
+        try:
+            call()
+        except Killed:
+            return True
+    return False
+
+
+def test_ids_encoded_in_groups_are_those_of_each_piece_alone(story, tmp_path):
+    files, tokenizer, ids = story
+    tokens = tokenise(files, tokenizer, tmp_path / "ids")
+    assert tokens.train.tolist() == ids["train"] and tokens.val.tolist() == ids["val"]
+
+
+def test_a_tokenisation_killed_at_any_moment_goes_on_and_ends_the_same(story, tmp_path, monkeypatch):
+    files, tokenizer, ids = story
+    encoded, encode_batch = [], Tokenizer.encode_batch
+    monkeypatch.setattr(
+        Tokenizer, "encode_batch", lambda self, texts: encoded.extend(texts) or encode_batch(self, texts)
+    )
+
+    def again(home):
+        return tokenise(files, tokenizer, home)
+
+    again(tmp_path / "whole")
+    everything, moment = list(encoded), 0
+    while killed_at(monkeypatch, moment, partial(again, tmp_path / str(moment))):
+        encoded.clear()
+        tokens = again(tmp_path / str(moment))
+        assert tokens.train.tolist() == ids["train"] and tokens.val.tolist() == ids["val"]
+        assert encoded == everything[len(everything) - len(encoded) :]  # only the rest
+        assert len(encoded) == len(everything) if moment == 0 else len(encoded) < len(everything)
+        moment += 1
+    assert moment > 7
+
+
+def test_what_a_kill_left_half_written_is_not_trusted(story, tmp_path, monkeypatch):
+    files, tokenizer, ids = story
+    for damage in (b"", b"\1\2\3"):  # shorter than recorded, and longer
+        home = tmp_path / str(len(damage))
+        assert killed_at(monkeypatch, 6, partial(tokenise, files, tokenizer, home))
+        part = next(home.glob("*.train.bin"))
+        part.write_bytes(part.read_bytes() + damage if damage else b"")
+        assert tokenise(files, tokenizer, home).train.tolist() == ids["train"]
+
+
+def test_a_text_that_changes_between_two_calls_is_begun_anew(file, story, tmp_path, monkeypatch):
+    files, tokenizer, ids = story
+    home = tmp_path / "ids"
+    assert killed_at(monkeypatch, 6, lambda: tokenise(files, tokenizer, home))
+    lf = file("the cat sat on the mat\n" * 30)  # the same text, read in other pieces
+    same = tokenise(files, tokenizer, home)
+    assert len(visible(home)) == 3 and tokenizer.decode(same.val) == tokenizer.decode(ids["val"])
+    lf.write_text("the dog sat on the mat\n" * 30)
+    assert "dog" in tokenizer.decode(tokenise(files, tokenizer, home).val) and len(visible(home)) == 6
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(story, tmp_path, monkeypatch):
+    files, tokenizer, _ = story
+    right = Tokenizer.encode_batch
+
+    def encode_batch(self, texts):
+        files[1].write_text("the rat sat on the mat\n" * 30)
+        return right(self, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", encode_batch)
+    with pytest.raises(BadInput, match="to stay as it is"):
+        tokenise(files, tokenizer, tmp_path / "ids")
+    assert visible(tmp_path / "ids") == []
+
+
+def test_a_full_disk_is_one_line_and_what_is_done_stays(story, tmp_path, monkeypatch):
+    files, tokenizer, ids = story
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        assert killed_at(monkeypatch, 4, lambda: tokenise(files, tokenizer, tmp_path / "ids"))
+        patch.setattr(data.os, "fsync", full)
+        with pytest.raises(BadLuck, match="No space left on device; make room") as error:
+            tokenise(files, tokenizer, tmp_path / "ids")
+    assert "\n" not in str(error.value)
+    assert json.loads(next((tmp_path / "ids").glob("*.json")).read_bytes())["pieces"] > 0
+    assert tokenise(files, tokenizer, tmp_path / "ids").train.tolist() == ids["train"]
+
+
+def test_the_disk_has_the_ids_before_the_record_that_counts_them(story, tmp_path, monkeypatch):
+    files, tokenizer, _ = story
+    events, write_json, fsync = [], data.write_json, os.fsync
+    monkeypatch.setattr(data, "write_json", lambda *args: events.append("record") or write_json(*args))
+    monkeypatch.setattr(data.os, "fsync", lambda handle: events.append("flush") or fsync(handle))
+    tokenise(files, tokenizer, tmp_path / "ids")
+    assert events.count("record") > 7
+    assert all(events[i - 2 : i] == ["flush", "flush"] for i, e in enumerate(events[:-3]) if e == "record")
+
+
+def test_a_killed_process_goes_on_and_another_one_waits_for_it(file, tmp_path):
+    """Two real processes: the one that holds the lock is killed in the middle, then this one goes on."""
+    path = file(f"{'the cat sat on the mat ' * 20}\n" * 400)
+    program = (
+        "import sys, time; from minillada import data; from minillada.tokenizer import Tokenizer\n"
+        "data.GROUP, data.CHUNK, right = 1 << 14, 1 << 12, data.write_json\n"
+        "def slow(path, document): right(path, document); print(flush=True); time.sleep(0.05)\n"
+        "data.write_json = slow; data.tokenise(sys.argv[1], Tokenizer.bytes(), sys.argv[2])"
+    )
+    ids = tmp_path / "ids"
+    with subprocess.Popen([sys.executable, "-c", program, str(path), str(ids)], stdout=subprocess.PIPE) as child:
+        for _ in range(3):
+            child.stdout.readline()
+        threading.Timer(0.1, child.kill).start()
+        record = next(ids.glob("*.json"))
+        tokens = tokenise(path, BYTES, ids)  # waits for the lock
+        assert child.wait() != 0
+    assert "pieces" not in json.loads(record.read_bytes())
+    assert BYTES.decode([*tokens.train, *tokens.val]) == path.read_text()
+
+
+def test_merges_are_learned_from_a_bounded_part_of_the_text(file, monkeypatch):
+    path = file("the cat sat on the mat " * 500 + "zygote " * 500)
+    of_all = data.make_tokenizer("bpe:280", path)
+    monkeypatch.setattr(data, "MERGES_FROM", 5000)
+    of_the_start = data.make_tokenizer("bpe:280", path)
+    assert len(of_all.encode(" zygote")) < len(of_the_start.encode(" zygote"))
 
 
 def test_large_vocabularies_are_written_wide(file, tmp_path):
@@ -248,6 +418,52 @@ def test_the_state_of_the_generator_is_all_there_is_to_resume_from():
     assert all(torch.equal(x, next(again)) for x in expected)
 
 
+@pytest.mark.parametrize(
+    "n, length, batch_size", [(100, 7, 4), (64, 8, 8), (23, 5, 3), (9, 5, 2), (5, 5, 2), (6, 1, 4)]
+)
+def test_every_window_comes_once_in_an_epoch(n, length, batch_size):
+    tokens = np.arange(n, dtype=np.uint16)
+    per_epoch = max(1, (n - length + 1) // length)
+    stream = shuffled(tokens, batch_size, length, seed=3)
+    rows = torch.cat([next(stream) for _ in range(20 * per_epoch)])
+    assert rows.dtype == torch.long and torch.equal(rows, rows[:, :1] + torch.arange(length))
+    epochs = rows[:, 0].split(per_epoch)[:20]
+    for starts in epochs:
+        first, last = starts.min().item(), starts.max().item()
+        assert sorted(starts.tolist()) == list(range(first, last + 1, length))  # side by side, each once
+        assert len(starts) == per_epoch and first >= 0 and last + length <= n
+    if per_epoch > 5:
+        assert len({tuple(starts.tolist()) for starts in epochs}) > 15  # another order every time
+
+
+def test_over_the_epochs_windows_start_anywhere():
+    stream = shuffled(np.arange(50, dtype=np.uint16), 9, 5, seed=0)
+    assert set(torch.cat([next(stream) for _ in range(200)])[:, 0].tolist()) == set(range(46))
+
+
+@pytest.mark.parametrize("start", [1, 5, 6, 7, 40])
+def test_a_batch_depends_on_the_seed_and_its_number_alone(start):
+    tokens = np.arange(103, dtype=np.uint16)
+    stream, later = shuffled(tokens, 4, 5, seed=1), shuffled(tokens, 4, 5, seed=1, start=start)
+    for _ in range(start):
+        next(stream)
+    assert all(torch.equal(next(stream), next(later)) for _ in range(15))
+    other = shuffled(tokens, 4, 5, seed=2, start=start)
+    assert not torch.equal(next(stream), next(other))
+
+
+def test_starting_far_ahead_takes_no_time():
+    tokens = np.arange(1000, dtype=np.uint16)
+    before = time.perf_counter()
+    assert next(shuffled(tokens, 8, 16, seed=0, start=10**15)).shape == (8, 16)
+    assert time.perf_counter() - before < 1
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(BadInput, match="seed"):
+        next(shuffled(np.arange(9), 1, 2, seed=-1))
+
+
 def test_the_validation_batch_is_evenly_spaced_and_always_the_same():
     tokens = np.arange(101, dtype=np.uint32)
     batch = validation_batch(tokens, 5, 21)
@@ -260,6 +476,8 @@ def test_windows_longer_than_the_tokens_are_refused(length):
     tokens = np.arange(5, dtype=np.uint16)
     with pytest.raises(BadInput, match="length"):
         next(batches(tokens, 1, length, torch.Generator()))
+    with pytest.raises(BadInput, match="length"):
+        next(shuffled(tokens, 1, length, seed=0))
     with pytest.raises(BadInput, match="length"):
         validation_batch(tokens, 1, length)
 

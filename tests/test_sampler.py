@@ -498,6 +498,13 @@ def test_a_cache_renewed_at_every_step_changes_nothing(cache, steps, cfg_scale):
     assert generate(model, prompts, replace(plain, cache=cache)) == generate(model, prompts, plain)
 
 
+def test_a_compiled_model_writes_the_same():
+    """With the backend that only traces: what the others make of the trace is theirs to test."""
+    model, config = tiny_model().double(), SampleConfig(8, 8, 4)
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    assert generate(compiled, [[1, 2], [3]], config) == generate(model, [[1, 2], [3]], config)
+
+
 def test_steps_may_be_kept_and_the_stream_left_early():
     model = tiny_model()
     steps = stream(model, Canvas.continuation([[1]], 8, model.config), SampleConfig(8, 8, 8))
