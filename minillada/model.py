@@ -195,13 +195,21 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+class Router(nn.Linear):
+    """How well each expert suits each token: x (N,C) -> logits (N,E), in float32 whatever the rest computes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # rounding would send tokens to other experts
+            return F.linear(x.float(), self.weight.float())
+
+
 class MoE(nn.Module):
     """K of E small SwiGLUs per token. Experts are stacked, tokens sorted by expert: three matmuls, no loop."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.c = c
-        self.router = nn.Linear(c.d_model, c.n_expert, bias=False)
+        self.router = Router(c.d_model, c.n_expert, bias=False)
         if c.router == "sigmoid":
             self.register_buffer("router_bias", torch.zeros(c.n_expert))
         self.gate = nn.Parameter(torch.empty(c.n_expert, c.d_expert, c.d_model))  # (E,F,C)
@@ -209,14 +217,13 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(c.n_expert, c.d_model, c.d_expert))  # (E,C,F)
         self.shared = MLP(c.d_model, c.d_shared_expert) if c.d_shared_expert else None
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N,C) -> the weights and ids of each token's experts, (N,K) each, in float32.
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The router's logits (N,E) -> the weights and ids of each token's experts, (N,K) each, in float32.
 
         LLaDA-MoE takes a softmax over all experts and keeps K of its values as they are. LLaDA2 takes sigmoids, picks
         with a bias and inside the best groups (a group scores the sum of its two best), then makes them sum to one.
         """
         c = self.c
-        logits = F.linear(x.float(), self.router.weight.float())  # (N,E)
         scores = logits.softmax(-1) if c.router == "softmax" else logits.sigmoid()
         choice = scores + self.router_bias if c.router == "sigmoid" else scores
         if c.n_expert_group > 1:
@@ -232,21 +239,24 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (N,C)
-        weights, experts = self.route(flat)
+        weights, experts = self.route(self.router(flat))
         order = experts.flatten().argsort(stable=True)  # the N*K visits, sorted by expert
         token = order // self.c.n_expert_active
         ends = experts.flatten().bincount(minlength=self.c.n_expert).cumsum(0).int()  # where each expert's rows end
-        gate = self.gate
-        visits = flat[token].to(gate.dtype)
+        gate, device = self.gate, x.device.type
+        # autocast does not know grouped_mm, so the experts see to their precision themselves
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gate.dtype
+        visits = flat.to(dtype).index_select(0, token)  # (N*K,C); backward it is faster than flat[token]
         hidden = F.silu(grouped(visits, gate, ends)) * grouped(visits, self.up, ends)
-        out = grouped(hidden, self.down, ends) * weights.flatten()[order, None].to(hidden.dtype)
-        y = torch.zeros_like(flat).index_add_(0, token, out.to(flat.dtype)).view_as(x)
+        hidden = hidden * weights.flatten()[order, None].to(dtype)  # before `down`, where rows are F wide and not C
+        out = grouped(hidden, self.down, ends).to(flat.dtype)
+        y = torch.zeros_like(flat).index_add_(0, token, out).view_as(x)
         return y if self.shared is None else y + self.shared(x)
 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows up to ends[e] (and past those before) times weight[e]: (N,in), (E,out,in) -> (N,out)."""
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    """Rows up to ends[e] (and past those before) times weight[e], in x's dtype: (N,in), (E,out,in) -> (N,out)."""
+    return F.grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=ends)
 
 
 class Block(nn.Module):

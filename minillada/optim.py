@@ -1,13 +1,19 @@
-"""How a training step is taken: optimisers, the learning rate's course, and the precision of the arithmetic."""
+"""How a training step is taken, and taken back: optimisers, the learning rate's course, precision, saving memory."""
 
 import time
 from functools import partial
 
 import torch
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
+from torch.distributed import ReduceOp
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 from .data import Tokens, validation_batch
-from .diffusion import exact_count, pretraining_loss
+from .diffusion import Noised, exact_count, pretraining_loss
+from .distributed import agree, full, reduce, share, synchronise, world_size
+from .files import one_line
+from .model import LLaDA
 from .presets import TrainConfig
 
 
@@ -32,20 +38,67 @@ def rate(progress: float, config: TrainConfig) -> float:
     return min(1.0, progress / config.warmup if config.warmup else 1.0, (1 - progress) / max(config.decay, 1e-9))
 
 
-def set_rate(optimizers: list[torch.optim.Optimizer], config: TrainConfig, progress: float) -> float:
-    """Give every group its share of the full rate; return the first optimiser's."""
-    share = rate(progress, config)
-    for optimizer, full in zip(optimizers, (config.lr, config.adam_lr), strict=True):
+def set_rate(
+    optimizers: list[torch.optim.Optimizer], config: TrainConfig, progress: float, factor: float = 1.0
+) -> float:
+    """Give every group its share of the full rate, times a factor; return the first optimiser's."""
+    part = rate(progress, config) * factor
+    for optimizer, whole in zip(optimizers, (config.lr, config.adam_lr), strict=True):
         for group in optimizer.param_groups:
-            group["lr"] = full * share
-    return config.lr * share
+            group["lr"] = whole * part
+    return config.lr * part
+
+
+def snapshot(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[dict]:
+    """A copy, in the host's memory, of all that a step changes; of what is sharded, this process's shard."""
+    return copied([owner.state_dict() for owner in (model, *optimizers)])
+
+
+def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
+    """Put a snapshot back. It can be put back again: optimisers would go on in the very tensors they are given."""
+    for owner, state in zip((model, *optimizers), copied(states), strict=True):
+        owner.load_state_dict(state)
+
+
+def copied(state: object) -> object:
+    return tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, state)
+
+
+def weight_norm(model: nn.Module) -> float:
+    """Finite if every weight is."""
+    return full(nn.utils.get_total_norm([p.detach() for p in model.parameters()])).item()
+
+
+def recompute(model: LLaDA) -> LLaDA:
+    """Keep of every block its input alone, and compute the rest again in the backward pass: less memory, more time."""
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    return model
 
 
 def autocast(config: TrainConfig, precision: str) -> torch.autocast:
     return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def choose_precision(model: nn.Module, text: Tokens, config: TrainConfig) -> tuple[str, list[str]]:
+def add_gradients(model: nn.Module, x0: Tensor, noised: Noised, config: TrainConfig, precision: str) -> float:
+    """Forward and backward for x0 (B,T), each process on its share of the rows and in `accumulate` passes.
+
+    Gradients are those of the mean over all rows, which is returned, in nats per token.
+    """
+    shares, loss = share(len(x0), config.accumulate), torch.zeros(())
+    failures = torch._dynamo.exc.TorchDynamoException if config.compile else ()
+    for i, rows in enumerate(shares, start=1):
+        synchronise(model, i == len(shares))
+        mine = Noised(*(x[rows].to(config.device) for x in noised))
+        with one_line("compile: expected PyTorch to compile the model", "leave the option out", faults=failures):
+            with autocast(config, precision):
+                part = pretraining_loss(model, x0[rows].to(config.device), mine) / len(shares)
+            part.backward()
+        loss = loss + part.detach().cpu()  # which waits for a GPU
+    return reduce(loss / world_size(), ReduceOp.SUM).item()
+
+
+def choose_precision(model: nn.Module, mask_id: int, text: Tokens, config: TrainConfig) -> tuple[str, list[str]]:
     """config.precision; "auto" times a forward and backward pass in both, the best of five, and says what it took.
 
     Processors without bfloat16 of their own are slow at it. No weight is changed.
@@ -53,17 +106,14 @@ def choose_precision(model: nn.Module, text: Tokens, config: TrainConfig) -> tup
     if config.precision != "auto":
         return config.precision, []
     x0, seconds = validation_batch(text.val, config.batch_size, config.length), {}
-    noised = exact_count(x0, model.config.mask_id, torch.full((len(x0),), 0.5), Generator())
+    noised = exact_count(x0, mask_id, torch.full((len(x0),), 0.5), Generator())
     for precision in ("float32", "bfloat16"):
         times = []
         for _ in range(5):
             start = time.perf_counter()
-            with autocast(config, precision):
-                loss = pretraining_loss(model, x0.to(config.device), noised.to(config.device))
-            loss.backward()
-            loss.item()  # waits for a GPU
+            add_gradients(model, x0, noised, config, precision)
             times.append(time.perf_counter() - start)
-        seconds[precision] = min(times)
+        (seconds[precision],) = agree(min(times))
     model.zero_grad(set_to_none=True)
     took = min(seconds, key=seconds.get)
     figures = ", ".join(f"{name} {1000 * s:.0f} ms" for name, s in seconds.items())

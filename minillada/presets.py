@@ -65,9 +65,14 @@ class TrainConfig:
     precision: str = "auto"  # auto | float32 | bfloat16
     eval_every: int | None = None  # steps; an eighth of the training unless given
     checkpoint_every: int | None = None  # steps; with every evaluation unless given
+    keep: int = 3  # last checkpoints; that of the best bound stays too (0: all)
     out: str | None = None  # run directory; nothing is written without one
     seed: int = 0
     device: str = "cpu"
+    accumulate: int = 1  # passes that a batch is split into: less memory, the same result
+    recompute: bool = False  # blocks in the backward pass: less memory, more time
+    compile: bool = False  # the training passes, by torch.compile
+    shard: bool = False  # weights, gradients and optimisers over all processes, with more than one
 
     def __post_init__(self) -> None:
         check_one_of("preset", self.preset, [name for name in PRESETS if "train" in PRESETS[name]])
@@ -81,8 +86,9 @@ class TrainConfig:
             object.__setattr__(self, "checkpoint_every", self.eval_every)
         if not isinstance(self.data, str):
             object.__setattr__(self, "data", tuple(map(str, self.data)))
-        for name in ("batch_size", "length", "eval_every", "checkpoint_every"):
+        for name in ("batch_size", "length", "eval_every", "checkpoint_every", "accumulate"):
             check_whole(name, getattr(self, name), 1)
+        check_whole("keep", self.keep, 0)
         check_whole("steps", self.steps, 1) if self.minutes is None else check_number("minutes", self.minutes, TINY)
         for name in ("lr", "adam_lr", "clip"):
             check_number(name, getattr(self, name), TINY)

@@ -38,13 +38,19 @@ except ImportError:  # Windows
 
 
 class Run(AbstractContextManager):
-    """A run's directory, locked while this is open: `with Run.create(directory, config) as run`, or `Run.resume`."""
+    """A run's directory, locked while this is open: `with Run.create(directory, config) as run`, or `Run.resume`.
 
-    def __init__(self, directory: Path) -> None:
+    Of several processes that train together one leads; the others (leads=False) lock nothing and write nothing.
+    """
+
+    def __init__(self, directory: Path, leads: bool = True) -> None:
         self.directory, self.checkpoints, self.log_file = directory, directory / "checkpoints", directory / "log.jsonl"
         self.config: dict = {}
         self.newest: Path | None = None  # the newest whole checkpoint
         self.notices: list[str] = []  # lines the user should see; the library does not print
+        self.leads, self._lock = leads, None
+        if not leads:
+            return
         with one_line(f"run directory: expected to write in {directory}", "choose another --out"):
             directory.mkdir(parents=True, exist_ok=True)
             self._lock = open(directory / ".lock", "ab")  # noqa: SIM115 (close() closes it)
@@ -59,9 +65,11 @@ class Run(AbstractContextManager):
                 raise BadLuck(f"{what}; wait for it or choose another --out") from None
 
     @classmethod
-    def create(cls, directory: str | Path, config: dict) -> "Run":
+    def create(cls, directory: str | Path, config: dict, leads: bool = True) -> "Run":
         """Begin a run in a new or empty directory. Raises BadInput if it is neither, BadLuck if someone else is in."""
         directory = Path(directory)
+        if not leads:
+            return cls(directory, leads)
         refuse_occupied(directory)  # before a lock file is left in somebody's home
         run = cls(directory)
         with one_line(f"run directory: expected to write in {directory}", "choose another --out", undo=run.close):
@@ -73,7 +81,7 @@ class Run(AbstractContextManager):
         return run
 
     @classmethod
-    def resume(cls, directory: str | Path) -> "Run":
+    def resume(cls, directory: str | Path, leads: bool = True) -> "Run":
         """Go on from the newest whole checkpoint, as if nothing had come after it.
 
         A newer one that is damaged is named in `notices` and set aside as corrupt-step-…; log lines of later steps
@@ -82,13 +90,15 @@ class Run(AbstractContextManager):
         directory = Path(directory)
         if not (directory / "run.json").is_file():
             raise BadInput(f"run directory: expected one with a run.json, got {directory}; check its name")
-        run = cls(directory)
+        run = cls(directory, leads)
         with one_line(f"run directory: expected to read and write {directory}", "mend that", undo=run.close):
             run.config = files.read_json(directory / "run.json", files.CONFIG_CAP)
             run.newest, damaged = newest_checkpoint(directory)
             if run.newest is None:
                 found = "; ".join(damaged.values()) or "none"
                 raise BadInput(f"checkpoint: expected a whole one in {directory}, got {found}; choose another --out")
+            if not leads:
+                return run
             for path, reason in damaged.items():
                 aside = path.with_name(f"corrupt-{path.name}")
                 discard(aside)
@@ -101,8 +111,9 @@ class Run(AbstractContextManager):
 
     def log(self, record: dict) -> None:
         """Append one line of strict JSON; a float that is not finite becomes null. resume() cuts by its "step"."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        line = json.dumps(finite, allow_nan=False).encode() + b"\n"
+        if not self.leads:
+            return
+        line = json.dumps(finite(record), allow_nan=False).encode() + b"\n"
         with one_line("log: expected to add a line", "make room and resume"), open(self.log_file, "ab") as file:
             file.write(line)
 
@@ -116,7 +127,7 @@ class Run(AbstractContextManager):
         changes nothing. Raises BadLuck if it cannot be written; the earlier ones are then as they were.
         """
         target = self.checkpoints / f"step-{step:08d}"
-        if target.exists():
+        if target.exists() or not self.leads:
             return target
         draft = temporary(target)
         tensors: dict[str, Tensor] = {}
@@ -142,10 +153,20 @@ class Run(AbstractContextManager):
 
     def close(self) -> None:
         """Let go of the directory."""
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every float that JSON lacks."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def step_of(path: Path) -> int:

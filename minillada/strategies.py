@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .errors import BadInput, check_number, check_one_of
@@ -22,27 +21,29 @@ from .errors import BadInput, check_number, check_one_of
 def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, rng: Generator) -> Tensor:
     """Sample from softmax(logits / temperature), cut to the top k ids or to the smallest set of probability p.
 
-    Gumbel's trick in two rounds: which of about sqrt(V) groups of ids, by the logarithm of its mass, and which id of
-    that group. The same distribution as in one round, for 2 sqrt(V) noises a hole and not V. Temperature 0: the argmax.
+    Gumbel's trick in two rounds: which group of about sqrt(V) ids, by the logarithm of its mass, and which id of that
+    group. The same distribution as in one round, for 2 sqrt(V) noises a hole and not V. Temperature 0: the argmax.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    if top_k:
+    if top_k and temperature:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p < 1:
+    if top_p < 1 and temperature:
         ordered, ids = logits.sort(descending=True)
         probability = (ordered.double() / temperature).softmax(-1)
         beyond = probability.cumsum(-1) - probability >= top_p  # never the most probable one
         logits = logits.masked_fill(beyond.scatter(-1, ids, beyond), -torch.inf)
     if logits.device.type == "mps":  # Apple's GPUs have no float64
         logits = logits.cpu()
-    width = math.isqrt(logits.shape[-1])
-    groups = F.pad(logits, (0, -logits.shape[-1] % width), value=-torch.inf).unflatten(-1, (-1, width))  # (N,G,width)
-    peak = groups.amax(-1, keepdim=True).clamp(min=torch.finfo(groups.dtype).min)  # a group may be all -inf
-    mass = peak.double().squeeze(-1) + temperature * ((groups - peak) / temperature).exp().sum(-1).double().log()
+    size = logits.shape[-1]
+    width = next(width for width in range(math.isqrt(size), 0, -1) if size % width == 0)
+    groups = logits.unflatten(-1, (-1, width))  # (N,G,width)
+    mass = groups.amax(-1)  # (N,G)
+    if temperature:
+        below = groups - mass.clamp(min=torch.finfo(mass.dtype).min)[..., None]  # a group may be all -inf
+        mass = mass.double() + temperature * below.div_(temperature).exp_().sum(-1).double().log()
     group = gumbel_argmax(mass, temperature, rng)
-    return group * width + gumbel_argmax(groups[torch.arange(len(group)), group], temperature, rng)
+    inside = groups[torch.arange(len(group), device=group.device), group]  # (N,width)
+    return group * width + gumbel_argmax(inside, temperature, rng)
 
 
 def gumbel_argmax(logits: Tensor, temperature: float, rng: Generator) -> Tensor:
@@ -50,6 +51,8 @@ def gumbel_argmax(logits: Tensor, temperature: float, rng: Generator) -> Tensor:
 
     In float64: in float32 the noise has no tail above 16.6, a temperature lowered in secret (arXiv:2409.02908).
     """
+    if not temperature:
+        return logits.argmax(-1)
     noise = -torch.empty(logits.shape, dtype=torch.float64, device=rng.device).exponential_(generator=rng).log()
     return (logits.double() + temperature * noise.to(logits.device)).argmax(-1)
 
@@ -59,7 +62,7 @@ def gumbel_argmax(logits: Tensor, temperature: float, rng: Generator) -> Tensor:
 
 def probability(logits: Tensor, tokens: Tensor, rng: Generator) -> Tensor:
     """The probability of the token drawn, without noise: "low-confidence remasking" (LLaDA, algorithm 5)."""
-    return (logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)).exp()
+    return logits.softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
 
 def chance(logits: Tensor, tokens: Tensor, rng: Generator) -> Tensor:

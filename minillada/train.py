@@ -4,24 +4,21 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .checkpoint import load
-from .data import Tokens, batches, cache_dir, make_tokenizer, tokenise, validation_batch
-from .diffusion import PROCESSES, pretraining_loss, random_length, sample_t
-from .errors import BadInput, BadLuck
-from .likelihood import log_likelihoods
-from .model import LLaDA, ModelConfig
-from .optim import autocast, choose_precision, make_optimizers, set_rate
+from .data import Tokens, batches
+from .diffusion import PROCESSES, Noised, random_length, sample_t
+from .distributed import agree, full, processes
+from .model import LLaDA
+from .optim import add_gradients, set_rate, weight_norm
 from .presets import TrainConfig
-from .runs import Run, load_state, rng_state, set_rng_state
+from .state import State
 from .tokenizer import Tokenizer
+from .validation import validate
 
 
 class TrainStep(NamedTuple):
@@ -35,99 +32,81 @@ class TrainStep(NamedTuple):
     tokens: int  # seen so far
     tokens_per_second: float  # since this program began, evaluation and saving included
     seconds: float  # of training, interruptions not counted
+    levels: list[tuple[float, float]] | None  # (t, nats per masked token) of the validation text, when it evaluates
+    best: int  # the step of the best bound so far, whose checkpoint is kept; 0 before the first
+    precision: str
     model: LLaDA
     tokenizer: Tokenizer
     text: Tokens
     config: TrainConfig
     notices: tuple[str, ...]  # lines that a user should see, once
 
-
-def make_model(config: TrainConfig, tokenizer: Tokenizer, rng: Generator) -> LLaDA:
-    ids = {"mask_id": tokenizer.mask_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    model = LLaDA(ModelConfig(vocab_size=tokenizer.vocab_size, max_len=config.length, **ids, **config.model))
-    model.init_weights(rng)
-    return model.to(config.device)
-
-
-def validation_bound(model: nn.Module, text: Tokens, config: TrainConfig, precision: str) -> float:
-    """Upper bound of -log p of the validation text in nats per character: 128 windows, 2 masks each, always the same.
-
-    Each window is predicted without what stands before it.
-    """
-    rows = validation_batch(text.val, 128, config.length).tolist()
-    with autocast(config, precision):
-        values, _ = log_likelihoods(model, [([], row) for row in rows], n_samples=2)
-    return -values.mean().item() / config.length / text.characters_per_token
+    def record(self) -> dict:
+        """What the log holds of it."""
+        numbers = dict(zip(self._fields[: self._fields.index("model")], self, strict=False))
+        about = {"characters_per_token": self.text.characters_per_token}
+        return numbers | about | ({"notices": self.notices} if self.notices else {})
 
 
 def update(
-    model: LLaDA, optimizers: list[Optimizer], x0: Tensor, config: TrainConfig, precision: str, rng: Generator
+    model: nn.Module, optimizers: list[Optimizer], x0: Tensor, noised: Noised, config: TrainConfig, precision: str
 ) -> tuple[float, float]:
-    """One optimiser step on x0 (B,T): the loss in nats per token and the gradient's norm before clipping."""
-    noised = PROCESSES[config.process](x0, model.config.mask_id, sample_t(len(x0), rng), rng)
-    with autocast(config, precision):
-        loss = pretraining_loss(model, x0.to(config.device), noised.to(config.device))
-    loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    if not math.isfinite(loss.item() + grad_norm.item()):
-        raise BadLuck(f"loss: expected a finite one, got {loss.item()} with gradient {grad_norm.item()}; lower lr")
+    """One optimiser step on x0 (B,T): the loss in nats per token and the gradient's norm before clipping.
+
+    Where either is not finite, nothing is changed.
+    """
+    loss = add_gradients(model, x0, noised, config, precision)
+    grad_norm = full(nn.utils.clip_grad_norm_(model.parameters(), config.clip)).item()
     for optimizer in optimizers:
-        optimizer.step()
+        if math.isfinite(loss + grad_norm):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return loss.item(), grad_norm.item()
+    return loss, grad_norm
 
 
 def train(
-    config: TrainConfig | None = None, resume: str | Path | None = None, stop: Callable[[], bool] = lambda: False
+    config: TrainConfig | None = None,
+    resume: str | Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    **moved: object,
 ) -> Iterator[TrainStep]:
     """Train, yielding every step. With `config.out` a log and checkpoints are written there; `resume` goes on with such
-    a run, bit for bit if it counts in steps. When `stop()` answers True after a step, that step is saved and is the
-    last. Raises BadInput and BadLuck."""
-    with ExitStack() as stack:
-        run = stack.enter_context(Run.resume(resume)) if resume is not None else None
-        config = TrainConfig(**run.config) if run else config or TrainConfig()
-        saved = load_state(run.newest) if run else None
-        tokenizer = Tokenizer.load(run.newest) if run else make_tokenizer(config.tokenizer, config.data)
-        text = tokenise(config.data, tokenizer, cache_dir() / "tokens", config.length)
-        rng = Generator().manual_seed(config.seed)
-        if saved:
-            if saved["text"] != text.fingerprint:
-                raise BadInput(f"data: expected the text this run began with, got another in {config.data}; restore it")
-            model, _ = load(run.newest, config.device, torch.float32)
-            optimizers = make_optimizers(model, config)
-            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            precision, notices = saved["precision"], run.notices
-            set_rng_state(saved["rng"], data=rng)
-        else:
-            run = stack.enter_context(Run.create(config.out, asdict(config))) if config.out else None
-            model = make_model(config, tokenizer, rng)
-            optimizers = make_optimizers(model, config)
-            precision, notices = choose_precision(model, text, config)
+    a run, bit for bit if it counts in steps; `moved` are fields of its config that may differ by now: device, shard.
+    When `stop()` answers True after a step, that step is saved and is the last. Raises BadInput and BadLuck.
 
-        first, before = (saved["step"], saved["seconds"]) if saved else (0, 0.0)
-        start = time.perf_counter()
-        seconds = before
+    A loss, gradient or weight that is not finite undoes all steps since the last checkpoint: training goes on with the
+    next batch, from that checkpoint's weights, at a quarter of the learning rate.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(processes())
+        now = State(stack, config or TrainConfig(), resume, moved)
+        config, model, text, rng = now.config, now.model, now.text, now.rng
+        first, before, start = now.step, now.seconds, time.perf_counter()
+        seconds, per_step = before, config.batch_size * config.length
         for step, x0 in enumerate(batches(text.train, config.batch_size, config.length, rng), start=first + 1):
             progress = seconds / 60 / config.minutes if config.minutes else step / (config.steps + 1)
-            lr = set_rate(optimizers, config, progress)
-            loss, grad_norm = update(model, optimizers, random_length(x0, rng), config, precision, rng)
-            seconds = before + time.perf_counter() - start
-            last = stop() or (seconds >= 60 * config.minutes if config.minutes else step >= config.steps)
-            evaluate = last or step % config.eval_every == 0
-            bound = validation_bound(model, text, config, precision) if evaluate else None
-            tokens = step * config.batch_size * config.length
-            speed = (tokens - first * config.batch_size * config.length) / (time.perf_counter() - start)
-            record = {"step": step, "loss": loss, "bound": bound, "lr": lr, "grad_norm": grad_norm, "tokens": tokens}
-            record |= {"tokens_per_second": speed, "seconds": seconds}
-            if run:
-                about = {"characters_per_token": text.characters_per_token, "precision": precision}
-                run.log(record | about | ({"notices": notices} if notices else {}))
-                if last or step % config.checkpoint_every == 0:
-                    states = [optimizer.state_dict() for optimizer in optimizers]
-                    state = {"step": step, "seconds": seconds, "precision": precision, "text": text.fingerprint}
-                    run.save(step, model, tokenizer, state | {"optimizers": states, "rng": rng_state(data=rng)})
-            yield TrainStep(*record.values(), model, tokenizer, text, config, tuple(notices))
-            notices = []
+            lr = set_rate(now.optimizers, config, progress, now.slower)
+            x0 = random_length(x0, rng)
+            noised = PROCESSES[config.process](x0, model.config.mask_id, sample_t(len(x0), rng), rng)
+            loss, grad_norm = update(now.called, now.optimizers, x0, noised, config, now.precision)
+            seconds, stopped = agree(before + time.perf_counter() - start, stop())
+            last = stopped > 0 or (seconds >= 60 * config.minutes if config.minutes else step >= config.steps)
+            evaluate, save = last or step % config.eval_every == 0, last or step % config.checkpoint_every == 0
+
+            size = loss + grad_norm + (weight_norm(model) if evaluate or save else 0.0)
+            if not (sound := math.isfinite(size)):
+                now.go_back(step, f"loss {loss:.3g}, gradient {grad_norm:.3g}")
+            bound, levels = validate(model, text, config, now.precision) if evaluate else (None, None)
+            if evaluate and bound < now.best[0]:
+                now.best, save = (bound, step), True
+            if save and sound:
+                now.keep()
+
+            speed = (step - first) * per_step / (time.perf_counter() - start)
+            numbers = (step, loss, bound, lr, grad_norm, step * per_step, speed, seconds, levels, now.best[1])
+            done = TrainStep(*numbers, now.precision, model, now.tokenizer, text, config, tuple(now.notices))
+            now.write(done.record(), save)
+            now.notices = []
+            yield done
             if last:
                 return

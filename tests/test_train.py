@@ -1,24 +1,41 @@
+import copy
+import itertools
 import json
 import math
+import multiprocessing
+import os
+import random
 import signal
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_flatten
 
 import minillada
 import sample
 import train_tiny
-from minillada import BadInput, BadLuck, TrainConfig, cli, train
-from minillada.optim import rate
+from minillada import BadInput, BadLuck, TrainConfig, cli, optim, state, train
+from minillada.data import validation_batch
+from minillada.diffusion import exact_count, sample_t
+from minillada.files import newest_checkpoint
+from minillada.likelihood import log_likelihoods
+from minillada.optim import make_optimizers, rate, restore, snapshot
 from minillada.presets import PRESETS
+from minillada.runs import load_state, step_of
+from minillada.state import State
+from minillada.validation import validate
 
 SCRIPT = Path(__file__).parents[1] / "train_tiny.py"
 QUICK = {"preset": "nano", "steps": 6, "batch_size": 4, "length": 16, "eval_every": 3, "precision": "float32"}
 QUICK |= {"data": "tales", "tokenizer": "characters"}
+LOSS = optim.pretraining_loss
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +46,14 @@ def private_cache(monkeypatch, tmp_path_factory):
 def weights(run: Path) -> dict[str, torch.Tensor]:
     (newest,) = sorted((run / "checkpoints").iterdir())[-1:]
     return load_file(newest / "model.safetensors")
+
+
+def assert_same(a: object, b: object) -> None:
+    """Equal in structure and, where there are tensors, bit for bit."""
+    a, b = (tree_flatten(value) for value in (a, b))
+    assert a[1] == b[1]
+    for x, y in zip(a[0], b[0], strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
 def losses(run: Path) -> list[float]:
@@ -90,17 +115,230 @@ def test_resuming_with_another_text_is_refused(tmp_path):
         next(train(resume=tmp_path / "run"))
 
 
-def test_a_loss_that_is_not_finite_never_reaches_a_checkpoint(tmp_path):
-    steps = train(TrainConfig(**QUICK, out=str(tmp_path / "run"), checkpoint_every=1))
-    next(steps).model.head.weight.data[0, 0] = torch.nan
-    with pytest.raises(BadLuck, match=r"^loss: expected a finite one, got nan"):
+# ---- Crashes: a loss, gradient or weight that is not finite ----
+
+
+def crash(monkeypatch, *calls: int, value: float = math.nan) -> None:
+    """Give these steps, counted from now, a loss that is not finite."""
+    count = itertools.count(1)
+    monkeypatch.setattr(optim, "pretraining_loss", lambda *a: LOSS(*a) * (value if next(count) in calls else 1.0))
+
+
+def all_finite(run: Path) -> bool:
+    """Whether every tensor of every checkpoint is."""
+    files = list((run / "checkpoints").glob("*/*.safetensors"))
+    return bool(files) and all(t.isfinite().all() for file in files for t in load_file(file).values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_crash_goes_back_to_the_last_checkpoint_skips_the_batch_and_slows_down(tmp_path, monkeypatch, value):
+    config = TrainConfig(**{**QUICK, "steps": 9}, out=str(tmp_path / "run"), keep=0)
+    plain = list(train(TrainConfig(**{**QUICK, "steps": 9})))
+    crash(monkeypatch, 5, value=value)
+    states = [(step, copy.deepcopy(step.model.state_dict())) for step in train(config)]
+    steps = [step for step, _ in states]
+    assert [s.step for s in steps] == list(range(1, 10))  # steps and batches go on
+    assert [math.isfinite(s.loss) for s in steps] == [True] * 4 + [False] + [True] * 4
+    assert all(torch.equal(p, states[2][1][name]) for name, p in states[4][1].items())  # as after step 3
+    assert [s.lr / p.lr for s, p in zip(steps, plain, strict=True)] == pytest.approx([1] * 5 + [1 / 4] * 4)
+    assert any("step 5" in line and "quarter" in line for line in steps[4].notices)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert logged[4]["loss"] is None and "step 5" in logged[4]["notices"][0]
+    assert all_finite(tmp_path / "run")
+
+
+def test_a_crash_before_the_first_checkpoint_goes_back_to_the_start(monkeypatch):
+    start = next(train(TrainConfig(**{**QUICK, "steps": 1, "lr": 1e-290, "adam_lr": 1e-290}))).model.state_dict()
+    crash(monkeypatch, 2)
+    first, second = itertools.islice(train(TrainConfig(**QUICK)), 2)
+    assert math.isnan(second.loss) and first.model is second.model
+    assert all(torch.equal(p, start[name]) for name, p in second.model.state_dict().items())
+
+
+def test_a_snapshot_can_be_put_back_more_than_once(monkeypatch):
+    (*_, last) = train(TrainConfig(**QUICK))
+    optimizers = make_optimizers(last.model, last.config)
+    before = None
+    for _ in range(3):
+        for optimizer in optimizers:
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        if before is None:
+            before = snapshot(last.model, optimizers)
+            expected = copy.deepcopy(before)
+        else:
+            restore(last.model, optimizers, before)
+            assert_same(snapshot(last.model, optimizers), expected)
+
+
+def test_a_crash_that_going_back_does_not_cure_ends_in_one_line(tmp_path, monkeypatch):
+    crash(monkeypatch, 4, 5, 6, 7)
+    steps = train(TrainConfig(**{**QUICK, "steps": 9}, out=str(tmp_path / "run")))
+    assert [next(steps).step for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(BadLuck, match=r"^loss: expected a finite one, got loss nan.* in step 7, .*; lower lr"):
         next(steps)
-    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+    assert all_finite(tmp_path / "run")
+
+
+def test_progress_restores_the_patience(monkeypatch):
+    crash(monkeypatch, 1, 2, 4, 5, 7, 8)  # each pair is cured by the next checkpoint
+    (*_, last) = train(TrainConfig(**{**QUICK, "steps": 9}))
+    assert last.step == 9 and math.isfinite(last.loss)
+
+
+def test_a_weight_that_is_not_finite_never_reaches_a_checkpoint(tmp_path):
+    steps = train(TrainConfig(**{**QUICK, "steps": 9}, out=str(tmp_path / "run"), checkpoint_every=1))
+    next(steps).model.embed.weight.data[0, 0] = torch.inf  # of [MASK]: so is the loss
+    assert not math.isfinite(next(steps).loss) and math.isfinite(next(steps).loss)
+    for step in steps:
+        if step.step == 4:  # of a token that no text has: the loss is finite
+            step.model.embed.weight.data[step.tokenizer.pad_id] = torch.nan
+    assert all_finite(tmp_path / "run")
+
+
+def test_an_interrupted_run_that_had_crashed_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    long = {**QUICK, "steps": 9, "eval_every": 4}
+    crash(monkeypatch, 4, 6, 7)
+    list(train(TrainConfig(**long, out=str(whole))))
+    crash(monkeypatch, 4, 6, 7)
+    calls = iter([False] * 3 + [True])
+    assert len(list(train(TrainConfig(**long, out=str(parts)), stop=lambda: next(calls)))) == 4  # the crash is the last
+    crash(monkeypatch, 2, 3)
+    list(train(resume=parts))
+    assert losses(parts) == losses(whole)
+    assert_same(weights(parts), weights(whole))
+
+
+def test_an_interruption_does_not_restore_the_patience(tmp_path, monkeypatch):
+    crash(monkeypatch, 3)
+    list(train(TrainConfig(**QUICK, out=str(tmp_path / "run")), stop=iter([False, False, True]).__next__))
+    crash(monkeypatch, 1, 2, 3)
+    with pytest.raises(BadLuck, match=r"in step 6, after going back 3 times"):
+        list(train(resume=tmp_path / "run"))
+
+
+# ---- What else a checkpoint has ----
+
+
+def test_the_best_bound_its_step_and_its_checkpoint_survive_an_interruption(tmp_path):
+    out = tmp_path / "run"
+    config = TrainConfig(**{**QUICK, "steps": 9}, out=str(out), keep=1, checkpoint_every=1)
+    for step in train(config, stop=iter([False] * 3 + [True]).__next__):
+        if step.step == 3:
+            assert step.best == 3
+            step.model.head.weight.data.mul_(100)  # nothing later is as good
+    assert [step.best for step in train(resume=out)] == [3] * 5
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000003", "step-00000009"]
+    minillada.load(out / "checkpoints" / "step-00000003")
+
+
+def test_a_best_bound_between_two_checkpoints_is_saved_too(tmp_path):
+    list(train(TrainConfig(**QUICK, out=str(tmp_path / "run"), checkpoint_every=100)))
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
+        "step-00000003",
+        "step-00000006",
+    ]
+
+
+def test_time_precision_and_every_random_state_go_on_where_they_stopped(tmp_path, monkeypatch):
+    draws = lambda: [random.random(), np.random.rand(), torch.rand(()).item()]
+    config = TrainConfig(**{**QUICK, "precision": "auto"}, out=str(tmp_path / "run"))
+    (*_, last) = train(config, stop=iter([False, True]).__next__)
+    expected = draws()
+    draws()
+    monkeypatch.setattr(state, "choose_precision", None)
+    steps = train(resume=tmp_path / "run")
+    step = next(steps)
+    assert draws() == expected
+    assert step.seconds > last.seconds and step.precision == last.precision and not step.notices
+
+
+# ---- Validation ----
+
+
+def test_the_loss_by_masking_level_adds_up_to_the_bound():
+    (*_, last) = train(TrainConfig(**QUICK))
+    assert [t for t, _ in last.levels] == pytest.approx([0.05 + 0.1 * i for i in range(10)])
+    area = sum(nats for _, nats in last.levels) / 10
+    assert area / last.text.characters_per_token == pytest.approx(last.bound, rel=0.05)
+
+
+def test_each_masking_level_has_the_mean_loss_of_its_masked_tokens():
+    (*_, last) = train(TrainConfig(**QUICK))
+    c, text = last.config, last.text
+    bound, levels = validate(last.model, text, c, "float32")
+    rows = validation_batch(text.val, 128, c.length)
+    values, _ = log_likelihoods(last.model, [([], row) for row in rows.tolist()], n_samples=2)
+    assert bound == -values.mean().item() / c.length / text.characters_per_token
+    rng, sums = torch.Generator().manual_seed(0), {}
+    for row in rows:
+        noised = exact_count(row.expand(2, -1), last.model.config.mask_id, sample_t(2, rng), rng)
+        for xt, masked in zip(noised.xt, noised.masked, strict=True):
+            with torch.no_grad():
+                nats = torch.nn.functional.cross_entropy(last.model(xt[None])[0][masked], row[masked], reduction="none")
+            sums.setdefault(math.ceil(10 * masked.float().mean().item() - 1e-6), []).extend(nats.tolist())
+    expected = [x for i in sorted(sums) for x in ((i - 0.5) / 10, sum(sums[i]) / len(sums[i]))]
+    assert [x for level in levels for x in level] == pytest.approx(expected, rel=1e-4)
+
+
+# ---- Less memory, the same numbers ----
+
+
+@pytest.mark.parametrize("option", [{"accumulate": 2}, {"accumulate": 4}, {"recompute": True}])
+def test_less_memory_gives_the_same_losses(option):
+    plain, less = (list(train(TrainConfig(**QUICK, **options))) for options in ({}, option))
+    assert [s.loss for s in less] == pytest.approx([s.loss for s in plain], rel=1e-4)
+    assert less[0].loss == pytest.approx(plain[0].loss, rel=1e-6) and less[0].grad_norm == pytest.approx(
+        plain[0].grad_norm, rel=1e-5
+    )
+
+
+def test_a_recomputed_block_keeps_its_input_alone():
+    kept = {False: 0, True: 0}  # bytes
+    for recomputed in kept:
+        config = TrainConfig(**QUICK, recompute=recomputed)
+        now = State(ExitStack(), config, None, {})
+        x0 = validation_batch(now.text.val, 4, config.length)
+        noised = exact_count(x0, now.model.config.mask_id, torch.full((4,), 0.5), torch.Generator())
+
+        def note(x, recomputed=recomputed):
+            kept[recomputed] += x.nbytes
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            LOSS(now.called, x0, noised)
+    assert kept[True] < kept[False] / 3
+
+
+def test_a_model_that_cannot_be_compiled_gets_one_line(monkeypatch):
+    def fails(graph, inputs):
+        raise RuntimeError("no compiler\nanywhere")
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend=fails))
+    with pytest.raises(
+        BadInput, match=r"^compile: expected PyTorch to compile the model, got .*; leave the option out$"
+    ):
+        next(train(TrainConfig(**QUICK, compile=True)))
+
+
+def test_a_compiled_model_learns_the_same(monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend="eager"))  # needs no compiler
+    plain, fast = (list(train(TrainConfig(**{**QUICK, "steps": 3}, compile=on))) for on in (False, True))
+    assert [s.loss for s in fast] == pytest.approx([s.loss for s in plain], rel=1e-5)
 
 
 def test_automatic_precision_says_what_it_measured():
     step = next(train(TrainConfig(**{**QUICK, "precision": "auto"})))
     assert "float32" in step.notices[0] and "bfloat16" in step.notices[0]
+
+
+def test_a_batch_that_cannot_be_split_evenly_is_refused():
+    with pytest.raises(BadInput, match=r"^batch_size: expected a multiple of 3 .*, got 4; "):
+        next(train(TrainConfig(**QUICK, accumulate=3)))
 
 
 def test_a_training_counted_in_minutes_ends_in_time():
@@ -118,7 +356,7 @@ def test_the_rate_warms_up_stays_and_decays():
     [
         ("preset", "huge"), ("preset", "llada-8b"), ("steps", 0), ("batch_size", 1.5), ("length", -1), ("lr", math.nan),
         ("minutes", 0), ("process", "noise"), ("precision", "int8"), ("optimizer", "sgd"), ("tokenizer", "words"),
-        ("tokenizer", "bpe:10"),
+        ("tokenizer", "bpe:10"), ("keep", -1), ("accumulate", 0),
     ],
 )  # fmt: skip
 def test_a_bad_option_is_refused_by_name(field, value):
@@ -208,3 +446,57 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 130
     assert f"--resume {out}" in printed
     assert next(train(resume=out)).step == len(losses(out))
+
+
+# ---- Sudden ends ----
+
+PROCESSES = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+if os.name == "posix":
+    PROCESSES.set_forkserver_preload(["minillada.train"])  # torch is imported once, not for every kill
+
+
+def go_on(out: Path) -> None:
+    torch.set_num_threads(1)
+    list(train(resume=out))
+
+
+def ends_as_uninterrupted(kills: int, directory: Path) -> None:
+    """Kill a training again and again, at random moments: its log and its weights must be those of one left alone."""
+    dice, whole, out = random.Random(kills), directory / "whole", directory / "killed"
+    quick = {**QUICK, "steps": 12 * kills, "eval_every": 50, "checkpoint_every": 2}
+    list(train(TrainConfig(**quick, out=str(whole))))
+    list(train(TrainConfig(**quick, out=str(out)), stop=lambda: True))  # from step 1 on there is a checkpoint
+    newest, mid_save = 1, 0
+    for _ in range(kills):
+        process = PROCESSES.Process(target=go_on, args=(out,), daemon=True)
+        process.start()
+        target, deadline = newest + dice.randint(1, 6), time.monotonic() + 120
+        while len((out / "log.jsonl").read_bytes().splitlines()) < target:
+            assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(dice.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        mid_save += any(path.name.startswith(".") for path in (out / "checkpoints").iterdir())
+        found, damaged = newest_checkpoint(out)
+        assert not damaged and step_of(found) >= max(newest, target - 2), (
+            "more is lost than what came after a checkpoint"
+        )
+        newest = step_of(found)
+    print(f"{kills} kills, {mid_save} of them in the middle of a save, by step {newest} of {12 * kills}")
+    list(train(resume=out))
+    assert losses(out) == losses(whole)
+    assert_same(weights(out), weights(whole))
+    states = (newest_checkpoint(run)[0] for run in (out, whole))
+    ours, theirs = ({**state, "seconds": None, "rng": state["rng"]["generators"]} for state in map(load_state, states))
+    assert_same(ours, theirs)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a kill that nothing survives")
+def test_a_training_killed_five_times_ends_as_one_left_alone(tmp_path):
+    ends_as_uninterrupted(5, tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a kill that nothing survives")
+@pytest.mark.soak
+def test_a_training_killed_a_hundred_times_ends_as_one_left_alone(tmp_path):
+    ends_as_uninterrupted(100, tmp_path)
