@@ -40,7 +40,7 @@ def learn(now: State, stratified: bool = True, evaluations: int = 25) -> Iterato
     What `train` does in a step, but for stratified = False: then the masking levels of a batch are independent.
     """
     config, model, rng = now.config, now.model, now.rng
-    stream = batches(now.text.train, config.batch_size, config.length, rng)
+    stream = batches(now.text.train, config.batch_size, config.length, config.seed)
     budget, seconds, step, shown = 60 * config.minutes, 0.0, 0, 0
     while seconds < budget:
         start = time.perf_counter()

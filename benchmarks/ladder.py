@@ -26,6 +26,7 @@ from minillada import Canvas, LLaDA, ModelConfig, SampleConfig, Tokenizer, Train
 from minillada.data import read_text, training_part
 from minillada.diffusion import exact_count, model_bound, sample_t
 from minillada.optim import make_optimizers, set_rate
+from minillada.presets import PRESETS
 from minillada.tasks import make_task
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -51,8 +52,9 @@ def train_sums(directory: Path, minutes: float) -> None:
     maskable = (torch.arange(rows.shape[1]) >= len(examples[0].prompt)).expand(8, -1)
     torch.manual_seed(0)
     ids = {"mask_id": tokenizer.mask_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    shape = {"n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1024, "rope_theta": 100.0}
-    model = LLaDA(ModelConfig(vocab_size=tokenizer.vocab_size, max_len=rows.shape[1], **ids, **shape))
+    model = LLaDA(
+        ModelConfig(vocab_size=tokenizer.vocab_size, max_len=rows.shape[1], **ids, **PRESETS["tiny"]["model"])
+    )
     config, rng = TrainConfig(minutes=minutes), torch.Generator().manual_seed(0)
     optimizers = make_optimizers(model, config)
     start = time.perf_counter()
@@ -154,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("docs", type=Path, help="a run of train_tiny.py")
     parser.add_argument("--sums", type=Path, default=Path("runs/sums"))
-    parser.add_argument("--minutes", type=float, default=12.0, help="of training, if there is no such directory yet")
+    parser.add_argument("--minutes", type=float, default=6.0, help="of training, if there is no such directory yet")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--out", type=Path, default=DOCS / "ladder.json")
     args = parser.parse_args()

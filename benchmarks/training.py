@@ -50,7 +50,7 @@ def ours(config: TrainConfig, vocab_size: int) -> tuple[Step, Step, str, int]:
     rng = Generator().manual_seed(0)
     ids = np.random.default_rng(0).integers(4, vocab_size, 100_000).astype(np.uint16)  # speed is the same for any text
     model = LLaDA(ModelConfig(vocab_size=vocab_size, mask_id=0, max_len=config.length, **config.model))
-    optimizers, stream = make_optimizers(model, config), batches(ids, config.batch_size, config.length, rng)
+    optimizers, stream = make_optimizers(model, config), batches(ids, config.batch_size, config.length, 0)
     precision, _ = choose_precision(model, 0, Tokens(ids, ids, 1.0, 1.0, ""), config)
 
     def noised_batch() -> tuple:

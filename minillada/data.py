@@ -413,15 +413,7 @@ def windows(tokens: np.ndarray, starts: Iterable[int], length: int) -> torch.Ten
     return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))  # (B,T)
 
 
-def batches(tokens: np.ndarray, batch_size: int, length: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """For ever: (B,T) long, windows that start anywhere. The generator's state is all there is to resume from."""
-    check_length(tokens, length)
-    while True:
-        starts = torch.randint(len(tokens) - length + 1, (batch_size,), generator=generator)
-        yield windows(tokens, starts.tolist(), length)
-
-
-def shuffled(tokens: np.ndarray, batch_size: int, length: int, seed: int, start: int = 0) -> Iterator[torch.Tensor]:
+def batches(tokens: np.ndarray, batch_size: int, length: int, seed: int, start: int = 0) -> Iterator[torch.Tensor]:
     """For ever from the batch number `start` (from 0): (B,T) long. Batch n depends on the seed and on n alone.
 
     An epoch is N windows side by side, each once, in random order and from a random phase: their borders move. Fewer

@@ -93,6 +93,7 @@ def check_config(c: ModelConfig) -> None:
         check_whole("n_expert_active", c.n_expert_active, 1, c.n_expert)
         check_whole("n_expert_group_active", c.n_expert_group_active, 1, c.n_expert_group)
         rules += [("n_expert_group", c.n_expert % c.n_expert_group == 0, f"a divisor of n_expert {c.n_expert}")]
+        rules += [(name, getattr(c, name) % 8 == 0, "a multiple of 8 with experts") for name in ("d_model", "d_expert")]
     for name, holds, expected in rules:
         if not holds:
             raise BadInput(f"{name}: expected {expected}, got {getattr(c, name)!r}; mend it")

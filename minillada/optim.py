@@ -9,6 +9,7 @@ from torch.distributed import ReduceOp
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
+from .balance import Routing, auxiliary_loss, watch_routing
 from .data import Tokens, validation_batch
 from .diffusion import Noised, exact_count, pretraining_loss
 from .distributed import agree, full, reduce, share, synchronise, world_size
@@ -25,7 +26,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]  # not stacked experts: Muon wants plain ones
     chosen = set(matrices)
     rest = [p for p in model.parameters() if p not in chosen]
-    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95))
+    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), fused=True)
     first = torch.optim.Muon if config.optimizer == "muon" else adamw
     return [
         first(matrices, lr=config.lr, weight_decay=config.weight_decay),
@@ -80,22 +81,26 @@ def autocast(config: TrainConfig, precision: str) -> torch.autocast:
     return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def add_gradients(model: nn.Module, x0: Tensor, noised: Noised, config: TrainConfig, precision: str) -> float:
+def add_gradients(
+    model: nn.Module, x0: Tensor, noised: Noised, config: TrainConfig, precision: str
+) -> tuple[float, list[Routing]]:
     """Forward and backward for x0 (B,T), each process on its share of the rows and in `accumulate` passes.
 
-    Gradients are those of the mean over all rows, which is returned, in nats per token.
+    Gradients are those of the mean over all rows, which is returned, in nats per token, and of what balances experts;
+    where each pass sent its tokens comes with it.
     """
-    shares, loss = share(len(x0), config.accumulate), torch.zeros(())
+    shares, loss, routings = share(len(x0), config.accumulate), torch.zeros(()), []
     failures = torch._dynamo.exc.TorchDynamoException if config.compile else ()
     for i, rows in enumerate(shares, start=1):
         synchronise(model, i == len(shares))
         mine = Noised(*(x[rows].to(config.device) for x in noised))
         with one_line("compile: expected PyTorch to compile the model", "leave the option out", faults=failures):
-            with autocast(config, precision):
+            with watch_routing(model) as seen, autocast(config, precision):
                 part = pretraining_loss(model, x0[rows].to(config.device), mine) / len(shares)
-            part.backward()
+            (part + auxiliary_loss(seen, config.balance, config.z_loss) / len(shares)).backward()
+        routings += seen
         loss = loss + part.detach().cpu()  # which waits for a GPU
-    return reduce(loss / world_size(), ReduceOp.SUM).item()
+    return reduce(loss / world_size(), ReduceOp.SUM).item(), routings
 
 
 def choose_precision(model: nn.Module, mask_id: int, text: Tokens, config: TrainConfig) -> tuple[str, list[str]]:

@@ -61,6 +61,9 @@ class TrainConfig:
     warmup: float = 0.02  # share of the training over which the rate rises
     decay: float = 0.4  # share over which it falls to zero at the end
     clip: float = 1.0  # the gradient's largest norm
+    balance: float = 0.01  # of the loss that evens out the load of experts; LLaDA-MoE's, like the next
+    z_loss: float = 0.001  # of the loss that keeps the router's logits small
+    bias_rate: float = 0.0  # what a sigmoid router's biases move by in each step; then leave balance out
     process: str = "exact-count"  # exact-count | bernoulli-mean | bernoulli
     precision: str = "auto"  # auto | float32 | bfloat16
     eval_every: int | None = None  # steps; an eighth of the training unless given
@@ -89,7 +92,13 @@ class TrainConfig:
         for name in ("batch_size", "length", "eval_every", "checkpoint_every", "accumulate"):
             check_whole(name, getattr(self, name), 1)
         check_whole("keep", self.keep, 0)
+        check_whole("seed", self.seed, 0, 2**63 - 1)
         check_whole("steps", self.steps, 1) if self.minutes is None else check_number("minutes", self.minutes, TINY)
+        for name in ("balance", "z_loss", "bias_rate"):
+            check_number(name, getattr(self, name), 0)
+        if self.bias_rate and self.model.get("router") != "sigmoid":
+            what = "bias_rate: expected 0 without a sigmoid router, whose biases it moves"
+            raise BadInput(f"{what}, got {self.bias_rate}; use balance")
         for name in ("lr", "adam_lr", "clip"):
             check_number(name, getattr(self, name), TINY)
         for name in ("warmup", "decay", "weight_decay"):

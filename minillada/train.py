@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .balance import move_biases, routing_report
 from .data import Tokens, batches
 from .diffusion import PROCESSES, Noised, random_length, sample_t
 from .distributed import agree, full, processes
@@ -36,6 +37,7 @@ class TrainStep(NamedTuple):
     best: int  # the step of the best bound so far, whose checkpoint is kept; 0 before the first
     precision: str
     model: LLaDA
+    routing: dict  # of a mixture of experts: `routing_report`
     tokenizer: Tokenizer
     text: Tokens
     config: TrainConfig
@@ -45,23 +47,25 @@ class TrainStep(NamedTuple):
         """What the log holds of it."""
         numbers = dict(zip(self._fields[: self._fields.index("model")], self, strict=False))
         about = {"characters_per_token": self.text.characters_per_token}
-        return numbers | about | ({"notices": self.notices} if self.notices else {})
+        return numbers | about | self.routing | ({"notices": self.notices} if self.notices else {})
 
 
 def update(
     model: nn.Module, optimizers: list[Optimizer], x0: Tensor, noised: Noised, config: TrainConfig, precision: str
-) -> tuple[float, float]:
-    """One optimiser step on x0 (B,T): the loss in nats per token and the gradient's norm before clipping.
+) -> tuple[float, float, dict]:
+    """One optimiser step on x0 (B,T): the loss in nats per token, the gradient's norm before clipping, and the routing.
 
     Where either is not finite, nothing is changed.
     """
-    loss = add_gradients(model, x0, noised, config, precision)
+    loss, routings = add_gradients(model, x0, noised, config, precision)
     grad_norm = full(nn.utils.clip_grad_norm_(model.parameters(), config.clip)).item()
     for optimizer in optimizers:
         if math.isfinite(loss + grad_norm):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm
+    if config.bias_rate and math.isfinite(loss + grad_norm):
+        move_biases(routings, config.bias_rate)
+    return loss, grad_norm, routing_report(routings)
 
 
 def train(
@@ -83,12 +87,12 @@ def train(
         config, model, text, rng = now.config, now.model, now.text, now.rng
         first, before, start = now.step, now.seconds, time.perf_counter()
         seconds, per_step = before, config.batch_size * config.length
-        for step, x0 in enumerate(batches(text.train, config.batch_size, config.length, rng), start=first + 1):
+        for step, x0 in enumerate(batches(text.train, config.batch_size, config.length, config.seed, first), first + 1):
             progress = seconds / 60 / config.minutes if config.minutes else step / (config.steps + 1)
             lr = set_rate(now.optimizers, config, progress, now.slower)
             x0 = random_length(x0, rng)
             noised = PROCESSES[config.process](x0, model.config.mask_id, sample_t(len(x0), rng), rng)
-            loss, grad_norm = update(now.called, now.optimizers, x0, noised, config, now.precision)
+            loss, grad_norm, routing = update(now.called, now.optimizers, x0, noised, config, now.precision)
             seconds, stopped = agree(before + time.perf_counter() - start, stop())
             last = stopped > 0 or (seconds >= 60 * config.minutes if config.minutes else step >= config.steps)
             evaluate, save = last or step % config.eval_every == 0, last or step % config.checkpoint_every == 0
@@ -104,7 +108,7 @@ def train(
 
             speed = (step - first) * per_step / (time.perf_counter() - start)
             numbers = (step, loss, bound, lr, grad_norm, step * per_step, speed, seconds, levels, now.best[1])
-            done = TrainStep(*numbers, now.precision, model, now.tokenizer, text, config, tuple(now.notices))
+            done = TrainStep(*numbers, now.precision, model, routing, now.tokenizer, text, config, tuple(now.notices))
             now.write(done.record(), save)
             now.notices = []
             yield done

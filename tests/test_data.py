@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from minillada import data
-from minillada.data import batches, cache_dir, read_text, shuffled, tokenise, validation_batch
+from minillada.data import batches, cache_dir, read_text, tokenise, validation_batch
 from minillada.errors import BadInput, BadLuck
 from minillada.tokenizer import Tokenizer
 
@@ -400,31 +400,13 @@ def test_text_that_is_empty_or_shorter_than_the_context_is_refused(file, tmp_pat
 # ---- batches
 
 
-def test_batches_are_windows_of_the_tokens_and_reach_both_ends():
-    tokens, generator = np.arange(10, dtype=np.uint16), torch.Generator().manual_seed(0)
-    stream = batches(tokens, 4, 3, generator)
-    rows = torch.cat([next(stream) for _ in range(50)])
-    assert rows.shape == (200, 3) and rows.dtype == torch.long
-    assert torch.equal(rows, rows[:, :1] + torch.arange(3)) and set(rows[:, 0].tolist()) == set(range(8))
-
-
-def test_the_state_of_the_generator_is_all_there_is_to_resume_from():
-    tokens, generator = np.arange(1000, dtype=np.uint16), torch.Generator().manual_seed(0)
-    stream = batches(tokens, 2, 8, generator)
-    next(stream)
-    state = generator.get_state()
-    expected = [next(stream) for _ in range(3)]
-    again = batches(tokens, 2, 8, torch.Generator().set_state(state))
-    assert all(torch.equal(x, next(again)) for x in expected)
-
-
 @pytest.mark.parametrize(
     "n, length, batch_size", [(100, 7, 4), (64, 8, 8), (23, 5, 3), (9, 5, 2), (5, 5, 2), (6, 1, 4)]
 )
 def test_every_window_comes_once_in_an_epoch(n, length, batch_size):
     tokens = np.arange(n, dtype=np.uint16)
     per_epoch = max(1, (n - length + 1) // length)
-    stream = shuffled(tokens, batch_size, length, seed=3)
+    stream = batches(tokens, batch_size, length, seed=3)
     rows = torch.cat([next(stream) for _ in range(20 * per_epoch)])
     assert rows.dtype == torch.long and torch.equal(rows, rows[:, :1] + torch.arange(length))
     epochs = rows[:, 0].split(per_epoch)[:20]
@@ -437,31 +419,31 @@ def test_every_window_comes_once_in_an_epoch(n, length, batch_size):
 
 
 def test_over_the_epochs_windows_start_anywhere():
-    stream = shuffled(np.arange(50, dtype=np.uint16), 9, 5, seed=0)
+    stream = batches(np.arange(50, dtype=np.uint16), 9, 5, seed=0)
     assert set(torch.cat([next(stream) for _ in range(200)])[:, 0].tolist()) == set(range(46))
 
 
 @pytest.mark.parametrize("start", [1, 5, 6, 7, 40])
 def test_a_batch_depends_on_the_seed_and_its_number_alone(start):
     tokens = np.arange(103, dtype=np.uint16)
-    stream, later = shuffled(tokens, 4, 5, seed=1), shuffled(tokens, 4, 5, seed=1, start=start)
+    stream, later = batches(tokens, 4, 5, seed=1), batches(tokens, 4, 5, seed=1, start=start)
     for _ in range(start):
         next(stream)
     assert all(torch.equal(next(stream), next(later)) for _ in range(15))
-    other = shuffled(tokens, 4, 5, seed=2, start=start)
+    other = batches(tokens, 4, 5, seed=2, start=start)
     assert not torch.equal(next(stream), next(other))
 
 
 def test_starting_far_ahead_takes_no_time():
     tokens = np.arange(1000, dtype=np.uint16)
     before = time.perf_counter()
-    assert next(shuffled(tokens, 8, 16, seed=0, start=10**15)).shape == (8, 16)
+    assert next(batches(tokens, 8, 16, seed=0, start=10**15)).shape == (8, 16)
     assert time.perf_counter() - before < 1
 
 
 def test_a_negative_seed_is_refused():
     with pytest.raises(BadInput, match="seed"):
-        next(shuffled(np.arange(9), 1, 2, seed=-1))
+        next(batches(np.arange(9), 1, 2, seed=-1))
 
 
 def test_the_validation_batch_is_evenly_spaced_and_always_the_same():
@@ -475,9 +457,7 @@ def test_the_validation_batch_is_evenly_spaced_and_always_the_same():
 def test_windows_longer_than_the_tokens_are_refused(length):
     tokens = np.arange(5, dtype=np.uint16)
     with pytest.raises(BadInput, match="length"):
-        next(batches(tokens, 1, length, torch.Generator()))
-    with pytest.raises(BadInput, match="length"):
-        next(shuffled(tokens, 1, length, seed=0))
+        next(batches(tokens, 1, length, seed=0))
     with pytest.raises(BadInput, match="length"):
         validation_batch(tokens, 1, length)
 

@@ -84,7 +84,7 @@ def routers(draw) -> dict:
         "router": draw(st.sampled_from(["softmax", "sigmoid"])),
         "router_renormalise": draw(st.booleans()),
         "router_scale": draw(st.sampled_from([1.0, 2.5])),
-        "d_expert": draw(st.sampled_from([4, 8, 12])),
+        "d_expert": draw(st.sampled_from([8, 16, 24])),
         "d_shared_expert": draw(st.sampled_from([0, 6])),
     }
 
