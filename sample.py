@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minillada.ask import add_questions, answer, make_talker, parse
+from minillada.ask import FOR_RUNS, add_questions, answer, make_talker, parse
 from minillada.checkpoint import check, load
 from minillada.cli import Parser, newest_run, pick_device, run
 
@@ -12,11 +12,11 @@ EXAMPLES = """examples:
   python sample.py runs/docs-tiny-1 --fill "If the[MASK] is not a[MASK]"
   python sample.py runs/docs-tiny-1 --temperature 1 --commit first-hitting --seed 7    an exact sample
   python sample.py runs/docs-tiny-1 --prompts lines.txt --out answers.jsonl
+  python sample.py runs/docs-tiny-1 --watch 0.2 --html run.html --svg run.svg    to be followed, and to be kept
 
 A run of train_tiny.py is drawn from at temperature 0.7 in random order unless told otherwise: filling in the surest
 first (--temperature 0 --remasking low_confidence, the default for other models) makes so small a one repeat itself.
 """
-FOR_RUNS = {"temperature": 0.7, "remasking": "random"}
 
 
 def main() -> None:

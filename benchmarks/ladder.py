@@ -78,7 +78,8 @@ def decode(model: LLaDA, prompt: list[int], options: dict, config: SampleConfig,
     canvas = Canvas.continuation([prompt], config.gen_len, model.config)
     start = time.perf_counter()
     if loop:
-        x, nfe = plain(model, canvas.x, config, config.gen_len // config.block_len), config.steps
+        *_, x = plain(model, canvas.x, config)
+        nfe = config.steps
     else:
         for step in stream(model, canvas, replace(config, **options)):  # noqa: B007
             pass
@@ -120,7 +121,7 @@ def docs(run: Path, n: int) -> list[dict]:
     prompts = [ids[i : i + PROMPT] for i in starts][:n]
 
     def nats(i: int, answer: list[int]) -> float:
-        return -log_likelihoods(model, [(prompts[i], answer)], n_samples=16)[0].item() / len(answer)
+        return -log_likelihoods(model, [(prompts[i], answer)], n_samples=8)[0].item() / len(answer)
 
     return climb(model, prompts, replace(CONFIG, ban_eos=True), nats)
 
@@ -157,7 +158,7 @@ def main() -> None:
     parser.add_argument("docs", type=Path, help="a run of train_tiny.py")
     parser.add_argument("--sums", type=Path, default=Path("runs/sums"))
     parser.add_argument("--minutes", type=float, default=6.0, help="of training, if there is no such directory yet")
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=5)
     parser.add_argument("--out", type=Path, default=DOCS / "ladder.json")
     args = parser.parse_args()
     if not args.sums.exists():

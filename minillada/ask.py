@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +14,15 @@ from .canvas import Canvas
 from .chat import ChatTemplate, check_size
 from .cli import add_sampling, complain, sample_config
 from .data import json_lines, plain_text
-from .errors import BadInput, BadLuck, check_whole
+from .errors import BadInput, BadLuck, check_number, check_whole
 from .model import LLaDA
-from .sampler import SampleConfig, answer_of, generate, stream
+from .page import FORMS, check_file, save
+from .sampler import SampleConfig, Step, answer_of, generate, stream
+from .terminal import watch
 from .tokenizer import Tokenizer, display
-from .trace import watch
+from .trace import Trace, overhear
+
+FOR_RUNS = {"temperature": 0.7, "remasking": "random"}  # for a run of train_tiny.py, unless told otherwise
 
 
 class Talker(NamedTuple):
@@ -60,6 +64,10 @@ def add_questions(parser: argparse.ArgumentParser, required: bool) -> argparse._
     parser.add_argument("--out", type=Path, metavar="FILE", help="a new file for the answers to --prompts")
     parser.add_argument("--raw", action="store_true", help="a prompt is plain text, even to an instruct model")
     parser.add_argument("--quiet", action="store_true", help="print the result alone, without the masks resolving")
+    parser.add_argument("--watch", type=float, nargs="?", const=0.1, default=0.0, metavar="SECONDS",
+                        help="in a terminal, hold every step for so long (0.1), so that one can follow")  # fmt: skip
+    for form, (_, text) in FORMS.items():
+        parser.add_argument(f"--{form}", type=Path, metavar="FILE", help=f"a new file: {text}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add_sampling(parser)
     return what
@@ -74,10 +82,22 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if args.out is not None and (args.prompts is None or args.out.exists()):
         got = "one that exists" if args.prompts else "no --prompts"
         raise BadInput(f"out: expected a new file for the answers to --prompts, got {got}; give another, or none")
+    check_number("watch", args.watch, 0, 60)
+    if args.watch and args.quiet:
+        raise BadInput("watch: expected no --quiet beside it, got both; choose one")
+    for form in wanted(args):
+        if args.chat or args.prompts is not None or getattr(args, "check", False):
+            raise BadInput(f"{form}: expected one answer to show, got none or many; use --prompt, --fill or --edit")
+        check_file(form, getattr(args, form))
     what = "fill" if args.fill is not None else "edit" if args.edit is not None else None
     if what and (args.gen_len or args.block_len):
         raise BadInput(f"{what}: expected neither --gen-len nor --block-len, since the holes decide; leave them out")
     return args
+
+
+def wanted(args: argparse.Namespace) -> list[str]:
+    """The forms in which the run is to be written to a file."""
+    return [form for form in FORMS if getattr(args, form) is not None]
 
 
 def make_talker(
@@ -114,19 +134,32 @@ def answer(args: argparse.Namespace, talker: Talker) -> None:
 
 def write(args: argparse.Namespace, talker: Talker, prompt: list[int], start: int) -> list[int]:
     """Go on from the prompt, showing the text from column start on; the new tokens."""
-    c = talker.model.config
-    config = talker.config(args, len(prompt))
-    canvas = Canvas.continuation([prompt], config.gen_len, c, next(talker.model.parameters()).device)
+    canvas, config = to_write(args, talker, prompt)
     x = show(args, talker, canvas, config, start)
-    new = answer_of(x[len(prompt) :], config, c)
+    new = answer_of(x[len(prompt) :], config, talker.model.config)
     if args.quiet:
         print(display(talker.tokenizer.decode((prompt + new)[start:])))
     return new
 
 
+def to_write(args: argparse.Namespace, talker: Talker, prompt: list[int]) -> tuple[Canvas, SampleConfig]:
+    """The canvas of a prompt with holes after it, and how to decode it. Raises BadInput."""
+    config = talker.config(args, len(prompt))
+    device = next(talker.model.parameters()).device
+    return Canvas.continuation([prompt], config.gen_len, talker.model.config, device), config
+
+
 def fill(args: argparse.Namespace, talker: Talker) -> None:
     """Write what is missing in the middle of a text: its [MASK]s, or the tokens of its [[spans]]."""
     what, text = ("fill", args.fill) if args.fill is not None else ("edit", args.edit)
+    canvas, config = to_fill(args, talker, what, text)
+    x = show(args, talker, canvas, config, 0)
+    if args.quiet:
+        print(display(talker.tokenizer.decode(x)))
+
+
+def to_fill(args: argparse.Namespace, talker: Talker, what: str, text: str) -> tuple[Canvas, SampleConfig]:
+    """The canvas of a text to "fill" or "edit", and how to decode it. Raises BadInput."""
     check_size(what, text)
     encode, sign = {
         "fill": (talker.tokenizer.encode_with_masks, "[MASK]"),
@@ -140,20 +173,33 @@ def fill(args: argparse.Namespace, talker: Talker) -> None:
     width = holes[-1] + 1 - holes[0]
     defaults = {"gen_len": width, "block_len": width, "ban_eos": True, "stop_at_eos": False}
     config = talker.config(args, len(row) - width, **defaults)
-    canvas = Canvas.infill([row], talker.model.config, next(talker.model.parameters()).device)
-    x = show(args, talker, canvas, config, 0)
-    if args.quiet:
-        print(display(talker.tokenizer.decode(x)))
+    return Canvas.infill([row], talker.model.config, next(talker.model.parameters()).device), config
 
 
 def show(args: argparse.Namespace, talker: Talker, canvas: Canvas, config: SampleConfig, start: int) -> list[int]:
-    """Fill the canvas before the user's eyes, or quietly; its only row."""
+    """Fill the canvas before the user's eyes, or quietly, and write what files were asked for; its only row."""
+    rivals, seen = {}, []
     steps = stream(talker.model, canvas, config, args.seed)
+    if wanted(args) or not args.quiet:
+        steps = overhear(talker.model, steps, rivals)
+    steps = keep(steps, seen) if wanted(args) else steps
     if not args.quiet:
-        return watch(steps, talker.tokenizer, start=start).x[0].tolist()
-    for step in steps:  # noqa: B007 the last one is the result
-        pass
-    return step.x[0].tolist()
+        last = watch(steps, talker.tokenizer, start=start, pause=args.watch)
+    else:
+        for last in steps:  # noqa: B007 the last one is the result
+            pass
+    if wanted(args):
+        trace = Trace.record(seen, talker.tokenizer, start=start, rivals=rivals)
+        for form in wanted(args):
+            save(trace, form, getattr(args, form))
+    return last.x[0].tolist()
+
+
+def keep(steps: Iterable[Step], seen: list[Step]) -> Iterator[Step]:
+    """The same steps, and a list of them."""
+    for step in steps:
+        seen.append(step)
+        yield step
 
 
 def chat(args: argparse.Namespace, talker: Talker) -> None:

@@ -191,10 +191,7 @@ def stream(model: nn.Module, canvas: Canvas, config: SampleConfig, seed: int = 0
     rng = Generator(x.device if x.device.type == "cuda" else "cpu").manual_seed(seed)
     was_hole, positions = x == c.mask_id, torch.arange(x.shape[1], device=x.device)
     nothing, nan = torch.zeros_like(was_hole), torch.full(x.shape, torch.nan, device=x.device)
-    held, revised = (
-        nan,
-        nothing,
-    )  # how sure a token of ours was when committed; what was taken back since the last yield
+    held, revised = nan, nothing  # how sure of each token of ours; what became a hole again since the last yield
     policy = named(CACHES, "cache", config.cache)
     model = policy.wrap(model, ~was_hole) if policy.wrap else model
     tiles = windows(was_hole, config.block_len)
@@ -203,11 +200,9 @@ def stream(model: nn.Module, canvas: Canvas, config: SampleConfig, seed: int = 0
         wanted = (x[:, window] == c.mask_id).any(1) | (policy.wrap is not None)  # a row that has ended is not computed
         rows = wanted.nonzero().flatten()
         attn_mask = None if canvas.valid[rows].all() else canvas.valid[rows][:, None, None, :]
-        method, denoise = config.method(), model
-        if config.cfg_scale:
-            denoise = guided(denoise, config.cfg_scale, ~was_hole[rows], c.mask_id)
-        if method.watch:
-            denoise = method.watch(denoise, window, c.mask_id)
+        method = config.method()
+        denoise = guided(model, config.cfg_scale, ~was_hole[rows], c.mask_id) if config.cfg_scale else model
+        denoise = method.watch(denoise, window, c.mask_id) if method.watch else denoise
         cache, columns = KVCache() if policy.columns else None, slice(0, x.shape[1])
         for left in range(steps, 0, -1):
             now = Now(x[rows, window] == c.mask_id, held[rows, window], left, steps, rng)

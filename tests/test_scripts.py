@@ -401,3 +401,35 @@ def test_a_real_process_survives_bytes_that_are_no_text(home):
     assert done.returncode == 0
     assert done.stderr.count(b"error: ") == 1 and b"surrogate" in done.stderr
     assert done.stdout
+
+
+# ---- what a run leaves to look at ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["sample.py", "load_8b.py"])
+def test_a_run_is_written_as_a_page_and_as_an_animation(call, home, tmp_path, script):
+    page, animation = tmp_path / "a.html", tmp_path / "a.svg"
+    files = ["--html", page, "--svg", animation]
+    plain = call(script, home, "--prompt", "Hello", "--quiet", *QUICK)
+    code, out, _ = call(script, home, "--prompt", "Hello", "--quiet", *files, *QUICK)
+    assert (code, out) == (0, plain[1])
+    assert '"steps":16' in page.read_text(encoding="utf-8") and animation.read_text(encoding="utf-8").startswith("<svg")
+    refused(call(script, home, "--prompt", "Hello", "--quiet", *files, *QUICK), "html: expected a new file")
+
+
+def test_a_file_to_write_is_refused_before_a_model_is_looked_for(call, tmp_path):
+    (tmp_path / "a.html").write_text("mine")
+    refused(call("sample.py", "no such model", "--html", tmp_path / "a.html"), "html: expected a new file")
+    refused(call("sample.py", "no such model", "--svg", tmp_path / "none" / "a.svg"), "svg: expected a directory")
+    for options in (["--chat"], ["--prompts", tmp_path / "a.html"]):
+        refused(call("sample.py", "no such model", "--svg", tmp_path / "a.svg", *options), "svg: expected one answer")
+    refused(call("load_8b.py", "no such model", "--check", "--svg", tmp_path / "a.svg"), "svg: expected one answer")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.html"]
+
+
+def test_steps_are_held_only_where_one_can_see_them(call, home):
+    start = time.monotonic()
+    assert call("sample.py", home, "--prompt", "Hello", "--watch", "60", *QUICK)[0] == 0
+    assert time.monotonic() - start < 60
+    refused(call("sample.py", home, "--prompt", "Hello", "--watch", "--quiet"), "watch: expected no --quiet")
+    refused(call("sample.py", home, "--prompt", "Hello", "--watch", "nan"), "watch: expected a finite number")
