@@ -28,7 +28,8 @@ def main() -> None:
     name = args.run or str(newest_run())
     found = check(name)
     model, tokenizer = load(found.directory, device)
-    defaults = FOR_RUNS if (Path(name) / "run.json").exists() else {}
+    wild = (Path(name) / "run.json").exists() and not (found.directory / "chat_template.jinja").exists()
+    defaults = FOR_RUNS if wild else {}  # a run that was taught to answer is sure of itself
     answer(args, make_talker(found.directory, name, model, tokenizer, args, **defaults))
 
 

@@ -12,16 +12,17 @@ from minillada.loggers import LOGGERS, make
 from minillada.plots import loss_curve
 from minillada.presets import PRESETS, TrainConfig
 from minillada.sampler import SampleConfig, generate
+from minillada.sft import add_tuning, tuned
 from minillada.tokenizer import display
 from minillada.train import TrainStep, train
 
-LN2 = math.log(2)
 EXAMPLES = """examples:
   python train_tiny.py                                     three minutes on Python's own reference text
   python train_tiny.py --preset nano                       seconds, to see that everything works
   python train_tiny.py --data my_novel.txt --minutes 10    your own text
   python train_tiny.py --resume runs/docs-tiny-1           go on where a run was interrupted
   torchrun --standalone --nproc_per_node=8 train_tiny.py   the same on 8 GPUs
+  python train_tiny.py --sft answers.jsonl --from runs/docs-tiny-1    teach it to answer (docs/assistant.md)
 
 presets: """ + ", ".join(name for name in PRESETS if "train" in PRESETS[name])
 
@@ -29,9 +30,8 @@ presets: """ + ", ".join(name for name in PRESETS if "train" in PRESETS[name])
 def parse() -> tuple[TrainConfig | None, Path | None, dict, str | None]:
     """What to train, or to resume with what changes; and the logger."""
     p = Parser(__doc__, EXAMPLES)
-    p.add_argument("--data", nargs="+", default=["docs"], help="docs (the reference text inside every Python), tales, "
-                   "shakespeare, or text files, directories, JSONL (default: docs)")  # fmt: skip
-    p.add_argument("--preset", default="tiny", help="size and recipe (default: tiny)")
+    p.add_argument("--data", nargs="+", help="docs (Python's own reference; the default), tales, shakespeare, or paths")
+    p.add_argument("--preset", help="size and recipe (default: tiny)")
     p.add_argument("--steps", type=int, help="optimiser steps (default: the preset's)")
     p.add_argument("--minutes", type=float, help="train for a time instead; the result then depends on the machine")
     p.add_argument("--tokenizer", help="characters, bytes or bpe:SIZE")
@@ -53,14 +53,14 @@ def parse() -> tuple[TrainConfig | None, Path | None, dict, str | None]:
     p.add_argument("--compile", action="store_true", help="use torch.compile")
     p.add_argument("--shard", action="store_true", default=None, help="under torchrun: FSDP2 in place of DDP")
     p.add_argument("--log", choices=list(LOGGERS), help="besides log.jsonl")
+    add_tuning(p)
     args = vars(p.parse_args())
     log, resume = args.pop("log"), args.pop("resume")
     args["device"] = pick_device(args["device"] or "auto") if args["device"] or not resume else None
     if resume:
         return None, resume, {name: args[name] for name in ("device", "shard") if args[name] is not None}, log
-    args["data"] = args["data"][0] if len(args["data"]) == 1 else tuple(args["data"])
-    name = Path(args["data"] if isinstance(args["data"], str) else args["data"][0]).stem
-    args["out"] = str(args["out"] or fresh_run(f"{name}-{args['preset']}"))
+    data, kind = (args := tuned(args))["data"], args["preset"] or args["objective"] or "tiny"
+    args["out"] = str(args["out"] or fresh_run(f"{Path(data if isinstance(data, str) else data[0]).stem}-{kind}"))
     return TrainConfig(**{name: value for name, value in args.items() if value is not None}), None, {}, log
 
 
@@ -72,10 +72,11 @@ def introduce(step: TrainStep, where: str) -> None:
 
 
 def sample(step: TrainStep) -> str:
-    """What it writes by now, on one line."""
-    length = min(64, step.model.config.max_len)
+    """What it writes by now, or how it goes on from a held-out prompt, on one line."""
+    prompt = getattr(step.text, "prompt", [])
+    length = min(64, step.config.length - len(prompt))
     config = SampleConfig(length, length, length, temperature=0.7, remasking="random")
-    return " ".join(display(step.tokenizer.decode(generate(step.model, [[]], config)[0])).split())
+    return " ".join(display(step.tokenizer.decode(prompt + generate(step.model, [prompt], config)[0])).split())
 
 
 def follow(config: TrainConfig | None, resume: Path | None, moved: dict, log: str | None) -> None:
@@ -92,19 +93,18 @@ def follow(config: TrainConfig | None, resume: Path | None, moved: dict, log: st
             bar.write(notice)
         if math.isfinite(nats := step.loss / step.text.characters_per_token):
             loss = nats if loss is None else 0.95 * loss + 0.05 * nats
-            units = f"<= {loss:.2f} nats/char, {loss / LN2:.2f} bits/char"
-            bar.set_postfix_str(f"{units}, {step.tokens_per_second:,.0f} tok/s")
+            bar.set_postfix_str(f"{step.config.units(loss)}, {step.tokens_per_second:,.0f} tok/s")
         bar.update()
         tell(step.record())
         if step.bound is not None:
-            bar.write(f"step {step.step}: validation <= {step.bound:.3f} nats/char   {sample(step)}")
+            bar.write(f"step {step.step}: validation {step.config.units(step.bound)}   {sample(step)}")
     bar.close()
-    print(f"validation: -log p <= {step.bound:.4f} nats = {step.bound / LN2:.4f} bits per character "
-          f"after {step.step} steps, {step.seconds:.0f} s; best at step {step.best}")  # fmt: skip
+    bound, how = step.config.units(step.bound), "--chat" if step.config.start else "--prompt 'The'"
+    print(f"validation: {bound} after {step.step} steps, {step.seconds:.0f} s; best at step {step.best}")
     print(f"saved in {where}" + (f", loss curve in {png}" if rank() == 0 and (png := loss_curve(where)) else ""))
     (code,) = agree(interrupted.code())
     print(f"interrupted; go on with: python train_tiny.py --resume {where}" if code else
-          f"write with it: python sample.py {where} --prompt 'The'")  # fmt: skip
+          f"write with it: python sample.py {where} {how}")  # fmt: skip
     raise SystemExit(int(code))
 
 

@@ -41,6 +41,9 @@ RUNGS: dict[str, dict] = {
     "threshold 0.9 + prefix cache": {"commit": "threshold:0.9", "cache": "prefix"},
     "threshold 0.9 + dual cache": {"commit": "threshold:0.9", "cache": "dual"},
     "threshold 0.9 + refresh": {"commit": "threshold:0.9", "cache": "refresh:50,7,0.25"},
+    "threshold 0.5 + dual cache": {"commit": "threshold:0.5", "cache": "dual"},
+    "threshold 0.3 + dual cache": {"commit": "threshold:0.3", "cache": "dual"},
+    "threshold 0.2 + dual cache": {"commit": "threshold:0.2", "cache": "dual"},
 }
 
 
@@ -88,7 +91,7 @@ def decode(model: LLaDA, prompt: list[int], options: dict, config: SampleConfig,
 
 
 def climb(model: LLaDA, prompts: list[list[int]], config: SampleConfig, quality: Callable) -> list[dict]:
-    """Every rung for every prompt; quality(index of the prompt, answer) -> float, the mean of which is reported."""
+    """Every rung for every prompt; quality(index of the prompt, answer) -> figures, whose means are reported."""
     runs = {name: [] for name in RUNGS}
     for i, prompt in enumerate(prompts):
         for name, options in RUNGS.items():
@@ -105,25 +108,28 @@ def climb(model: LLaDA, prompts: list[list[int]], config: SampleConfig, quality:
             for a, b in zip(x, y, strict=True)
         ]
         changed = sum(a != b for a, b in pairs) / len(pairs)
+        quality = {key: statistics.mean(q[key] for *_, q in results) for key in results[0][-1]}
         table.append({"rung": name, "seconds": seconds, "times_plain": base / seconds,
-                      "nfe": statistics.mean(n for _, _, n, _ in results), "changed": changed,
-                      "quality": statistics.mean(q for *_, q in results)})  # fmt: skip
+                      "nfe": statistics.mean(n for _, _, n, _ in results), "changed": changed, **quality})  # fmt: skip
         print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{v}" for k, v in table[-1].items()))
     return table
 
 
 def docs(run: Path, n: int) -> list[dict]:
-    """Prompts from the validation text. Quality: nats per token of what was written, given the prompt, by the model."""
+    """Prompts from the validation text. Quality: the share of tokens that are the text's own in their place, and nats
+    per token of what was written, given the prompt, by the model itself."""
     model, tokenizer = minillada.load(run)
     text = "".join(read_text(json.loads((run / "run.json").read_text())["data"]))
     ids = tokenizer.encode(text[training_part(len(text)) :])
-    starts = range(0, len(ids) - PROMPT, len(ids) // n)
-    prompts = [ids[i : i + PROMPT] for i in starts][:n]
+    rows = [ids[i : i + PROMPT + CONFIG.gen_len] for i in range(0, len(ids) - 160, len(ids) // n)][:n]
+    prompts = [row[:PROMPT] for row in rows]
 
-    def nats(i: int, answer: list[int]) -> float:
-        return -log_likelihoods(model, [(prompts[i], answer)], n_samples=8)[0].item() / len(answer)
+    def quality(i: int, answer: list[int]) -> dict:
+        nats = -log_likelihoods(model, [(prompts[i], answer)], n_samples=8)[0].item() / len(answer)
+        right = sum(a == b for a, b in zip(answer, rows[i][PROMPT:], strict=True)) / len(answer)
+        return {"accuracy": right, "nats": nats}
 
-    return climb(model, prompts, replace(CONFIG, ban_eos=True), nats)
+    return climb(model, prompts, replace(CONFIG, ban_eos=True), quality)
 
 
 def sums(directory: Path, n: int) -> list[dict]:
@@ -132,8 +138,8 @@ def sums(directory: Path, n: int) -> list[dict]:
     task = make_task("sums:16", 1, 0, n)
     prompts = tokenizer.encode_batch([example.prompt for example in task.test])
 
-    def right(i: int, answer: list[int]) -> float:
-        return task.check(task.test[i], tokenizer.decode(answer))
+    def right(i: int, answer: list[int]) -> dict:
+        return {"accuracy": task.check(task.test[i], tokenizer.decode(answer))}
 
     config = replace(CONFIG, gen_len=96, steps=96)  # the answer and the end of its line
     return climb(model, prompts, config, right)
@@ -143,12 +149,13 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    titles = {"docs": "nats per token of what was written", "sums": "share of right sums"}
-    for axes, (name, rungs) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
-        for rung in rungs:
-            axes.plot(rung["times_plain"], rung["quality"], "o", color="tab:blue")
-            axes.annotate(" " + rung["rung"], (rung["times_plain"], rung["quality"]), fontsize=8, rotation=20)
-        axes.set(xscale="log", xlabel="times as fast as the plain loop", ylabel=titles[name], title=name)
+    titles = {"docs": ("nats", "nats per token of what was written"), "sums": ("accuracy", "share of right sums")}
+    for axes, (name, rungs) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
+        key, label = titles[name]
+        for number, rung in enumerate(rungs, start=1):
+            axes.plot(rung["times_plain"], rung[key], "o", color="tab:blue")
+            axes.annotate(f" {number}", (rung["times_plain"], rung[key]), fontsize=9)
+        axes.set(xscale="log", xlabel="times as fast as the plain loop", ylabel=label, title=name)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 

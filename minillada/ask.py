@@ -208,7 +208,7 @@ def chat(args: argparse.Namespace, talker: Talker) -> None:
     c, messages = talker.model.config, []
     length = args.gen_len or min(128, c.max_len // 2)
     check_whole("gen_len", length, 1, c.max_len - 1)
-    talker.template.encode_chat([{"role": "user", "content": "Hi"}])  # a template that fails does so at once
+    talker.template.render(["user"], ["Hi"])  # a template that fails does so at once
     for text in lines_of_user():
         if text.strip() in ("", "/reset"):
             messages = messages if not text.strip() else []

@@ -13,7 +13,7 @@ import torch
 
 from .errors import BadInput, BadLuck, check_one_of, check_whole
 from .model import ModelConfig
-from .sampler import SampleConfig
+from .sampler import SampleConfig, method_of
 from .tokenizer import display
 
 RUNS = Path("runs")
@@ -25,7 +25,7 @@ SAMPLING = {
     "block_len": "tokens of a window; windows are filled from left to right (default: 32)",
     "temperature": "0 takes the most probable token, 1 samples from the model",
     "remasking": "which holes are filled first: low_confidence, random, margin or entropy",
-    "commit": "how many per step: quota, threshold:0.9, factor:1, entropy-bound:0.1 (with --remasking entropy), "
+    "commit": "how many per step: quota, threshold:0.9, factor:1, entropy-bound:0.1, "
     "klass:0.9,0.01, ancestral, first-hitting",
     "revise": "take tokens back: remdm-cap:0.008, remdm-rescale:0.015, remdm-conf, random-remask or wino:0.6,0.9; each "
     "has a rule of its own for how many to commit",
@@ -99,6 +99,9 @@ def sample_config(args: argparse.Namespace, model: ModelConfig, prompt_len: int,
     chosen = {**defaults, **given}
     for name in sorted({"gen_len", "block_len"} & chosen.keys()):
         check_whole(name, chosen[name], 1)
+    commit = chosen.get("commit", "quota")
+    if "remasking" not in given and not method_of(commit, chosen.get("revise", "none")).blind:  # it goes by confidence
+        chosen["remasking"] = "entropy" if commit.startswith("entropy-bound") else "low_confidence"
     room = min(128, model.max_len - prompt_len)
     if room < 1:
         raise BadInput(f"prompt: expected fewer than {model.max_len} tokens, got {prompt_len}; shorten it")

@@ -72,7 +72,7 @@ class SampleConfig:
         check_number("top_p", self.top_p, TINY, 1.0)
         check_one_of("remasking", self.remasking, SCORES)
         named(CACHES, "cache", self.cache)
-        self.method()
+        method_of(self.commit, self.revise)
         rule = self.commit.partition(":")[0]
         for name, clash, expected in (
             ("remasking", rule == "entropy-bound" and self.remasking != "entropy", "entropy with commit entropy-bound"),
@@ -92,10 +92,11 @@ class SampleConfig:
             near = max(1, self.steps // windows) * windows
             raise BadInput(f"steps: expected a multiple of the {windows} windows, got {self.steps}; try {near}")
 
-    def method(self) -> Method:
-        """The functions that `commit` and `revise` name, which have seen nothing yet."""
-        method = named(COMMITS, "commit", self.commit)
-        return method if self.revise == "none" else named(REVISIONS, "revise", self.revise)
+
+def method_of(commit: str, revise: str) -> Method:
+    """The functions that these name, which have seen nothing yet. Raises BadInput."""
+    method = named(COMMITS, "commit", commit)
+    return method if revise == "none" else named(REVISIONS, "revise", revise)
 
 
 class Step(NamedTuple):
@@ -200,7 +201,7 @@ def stream(model: nn.Module, canvas: Canvas, config: SampleConfig, seed: int = 0
         wanted = (x[:, window] == c.mask_id).any(1) | (policy.wrap is not None)  # a row that has ended is not computed
         rows = wanted.nonzero().flatten()
         attn_mask = None if canvas.valid[rows].all() else canvas.valid[rows][:, None, None, :]
-        method = config.method()
+        method = method_of(config.commit, config.revise)
         denoise = guided(model, config.cfg_scale, ~was_hole[rows], c.mask_id) if config.cfg_scale else model
         denoise = method.watch(denoise, window, c.mask_id) if method.watch else denoise
         cache, columns = KVCache() if policy.columns else None, slice(0, x.shape[1])

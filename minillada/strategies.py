@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .errors import BadInput, check_number, check_one_of
@@ -151,7 +152,8 @@ def entropy_bound(gamma: float = 0.1) -> Method:
 
     def rule(confidence: Tensor, now: Now) -> Tensor:
         entropy = -confidence  # in rising order, so the largest so far is the last
-        return (entropy.cumsum(1) - entropy <= gamma).sum(1).minimum(now.holes())
+        others = F.pad(entropy, (1, 0)).cumsum(1)[:, :-1]  # what the smaller ones add up to
+        return (others <= gamma).sum(1).minimum(now.holes())
 
     return Method(rule)
 

@@ -26,7 +26,7 @@ class TrainStep(NamedTuple):
     """What one optimiser step did."""
 
     step: int  # from 1
-    loss: float  # nats per token of this batch: one sample of the upper bound of -log p
+    loss: float  # nats per token of this batch: one sample of the upper bound of -log p; in VRPO, its own loss
     bound: float | None  # nats per character of the validation text, in the steps that evaluate
     lr: float
     grad_norm: float
@@ -37,7 +37,7 @@ class TrainStep(NamedTuple):
     best: int  # the step of the best bound so far, whose checkpoint is kept; 0 before the first
     precision: str
     model: LLaDA
-    routing: dict  # of a mixture of experts: `routing_report`
+    routing: dict  # of a mixture of experts: `routing_report`; and what VRPO tells
     tokenizer: Tokenizer
     text: Tokens
     config: TrainConfig
@@ -84,15 +84,20 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(processes())
         now = State(stack, config or TrainConfig(), resume, moved)
-        config, model, text, rng = now.config, now.model, now.text, now.rng
+        config, model, text, rng, lesson = now.config, now.model, now.text, now.rng, now.lesson  # None: pre-training
         first, before, start = now.step, now.seconds, time.perf_counter()
         seconds, per_step = before, config.batch_size * config.length
-        for step, x0 in enumerate(batches(text.train, config.batch_size, config.length, config.seed, first), first + 1):
+        texts = batches(text.train, config.batch_size, config.length, config.seed, first)
+        for step, x0 in enumerate(lesson.batches(first) if lesson else texts, first + 1):
             progress = seconds / 60 / config.minutes if config.minutes else step / (config.steps + 1)
             lr = set_rate(now.optimizers, config, progress, now.slower)
-            x0 = random_length(x0, rng)
-            noised = PROCESSES[config.process](x0, model.config.mask_id, sample_t(len(x0), rng), rng)
+            if lesson:  # SFT's or VRPO's
+                x0, noised, told = lesson.noise(model, x0, now.precision, rng)
+            else:
+                x0, told = random_length(x0, rng), {}
+                noised = PROCESSES[config.process](x0, model.config.mask_id, sample_t(len(x0), rng), rng)
             loss, grad_norm, routing = update(now.called, now.optimizers, x0, noised, config, now.precision)
+            loss, told = told.pop("loss", loss), routing | told
             seconds, stopped = agree(before + time.perf_counter() - start, stop())
             last = stopped > 0 or (seconds >= 60 * config.minutes if config.minutes else step >= config.steps)
             evaluate, save = last or step % config.eval_every == 0, last or step % config.checkpoint_every == 0
@@ -100,7 +105,8 @@ def train(
             size = loss + grad_norm + (weight_norm(model) if evaluate or save else 0.0)
             if not (sound := math.isfinite(size)):
                 now.go_back(step, f"loss {loss:.3g}, gradient {grad_norm:.3g}")
-            bound, levels = validate(model, text, config, now.precision) if evaluate else (None, None)
+            check = lesson.validate if lesson else validate
+            bound, levels = check(model, text, config, now.precision) if evaluate else (None, None)
             if evaluate and bound < now.best[0]:
                 now.best, save = (bound, step), True
             if save and sound:
@@ -108,7 +114,7 @@ def train(
 
             speed = (step - first) * per_step / (time.perf_counter() - start)
             numbers = (step, loss, bound, lr, grad_norm, step * per_step, speed, seconds, levels, now.best[1])
-            done = TrainStep(*numbers, now.precision, model, routing, now.tokenizer, text, config, tuple(now.notices))
+            done = TrainStep(*numbers, now.precision, model, told, now.tokenizer, text, config, tuple(now.notices))
             now.write(done.record(), save)
             now.notices = []
             yield done

@@ -8,7 +8,7 @@ from oracles import Oracle, tiny_model
 
 from minillada.canvas import Canvas
 from minillada.model import ModelConfig
-from minillada.sampler import SampleConfig, stream
+from minillada.sampler import SampleConfig, method_of, stream
 from minillada.strategies import Now
 
 MASK, WORDS = 3, 3
@@ -85,7 +85,7 @@ def test_wino_takes_back_what_its_shadow_doubts_but_fewer_than_it_just_committed
 
 def watched(model, x, window, attn_mask=None):
     """The logits of x's holes beside the shadows, and what the shadows believe."""
-    method = SampleConfig(revise="wino").method()
+    method = method_of("quota", "wino")
     keep = (x == model.config.mask_id).flatten().nonzero().flatten()
     denoise = method.watch(model, window, model.config.mask_id)
     logits = denoise(x, attn_mask, torch.arange(x.shape[1]), keep)

@@ -297,6 +297,14 @@ def test_a_span_is_written_anew_and_the_rest_kept(call, home):
     assert code == 0 and "--- step 3, 100% written" in out
 
 
+@pytest.mark.parametrize(
+    "rule", ["--commit=klass", "--commit=entropy-bound", "--commit=threshold", "--revise=wino"]
+)
+def test_a_rule_that_goes_by_confidence_brings_the_order_it_needs(call, home, rule):
+    code, out, err = call("sample.py", home, "--prompt", "a", rule, "--gen-len", "4", "--quiet", "--device", "cpu")
+    assert (code, err) == (0, "") and out.startswith("a")
+
+
 def test_both_scripts_chat_alike(call, home):
     typed = "Hello\nAnd you?\n"
     loaded = call("load_8b.py", home, "--chat", *QUICK, typed=typed)
