@@ -297,9 +297,7 @@ def test_a_span_is_written_anew_and_the_rest_kept(call, home):
     assert code == 0 and "--- step 3, 100% written" in out
 
 
-@pytest.mark.parametrize(
-    "rule", ["--commit=klass", "--commit=entropy-bound", "--commit=threshold", "--revise=wino"]
-)
+@pytest.mark.parametrize("rule", ["--commit=klass", "--commit=entropy-bound", "--commit=threshold", "--revise=wino"])
 def test_a_rule_that_goes_by_confidence_brings_the_order_it_needs(call, home, rule):
     code, out, err = call("sample.py", home, "--prompt", "a", rule, "--gen-len", "4", "--quiet", "--device", "cpu")
     assert (code, err) == (0, "") and out.startswith("a")
