@@ -263,7 +263,7 @@ def test_torchrun_runs_the_script_unchanged_and_one_process_prints(tmp_path, mon
     options += ["--precision", "float32"]
     ended = torchrun(*options, "--shard", "--out", out)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("nats/char   ") == 1 and ended.stdout.count(f"saved in {out}") == 1
+    assert ended.stdout.count("step 2: validation <=") == 1 and ended.stdout.count(f"saved in {out}") == 1
     minillada.load(out)
     refused = torchrun("--batch-size", 3, *options, "--out", tmp_path / "other")
     errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
