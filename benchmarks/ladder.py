@@ -9,6 +9,7 @@ is the median over prompts. Writes docs/ladder.json and docs/ladder.png.
 """
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -41,6 +42,8 @@ RUNGS: dict[str, dict] = {
     "threshold 0.9 + prefix cache": {"commit": "threshold:0.9", "cache": "prefix"},
     "threshold 0.9 + dual cache": {"commit": "threshold:0.9", "cache": "dual"},
     "threshold 0.9 + refresh": {"commit": "threshold:0.9", "cache": "refresh:50,7,0.25"},
+    "threshold 0.9 + dual, bf16": {"commit": "threshold:0.9", "cache": "dual"},
+    "threshold 0.5 + dual, bf16": {"commit": "threshold:0.5", "cache": "dual"},
     "threshold 0.5 + dual cache": {"commit": "threshold:0.5", "cache": "dual"},
     "threshold 0.3 + dual cache": {"commit": "threshold:0.3", "cache": "dual"},
     "threshold 0.2 + dual cache": {"commit": "threshold:0.2", "cache": "dual"},
@@ -92,10 +95,11 @@ def decode(model: LLaDA, prompt: list[int], options: dict, config: SampleConfig,
 
 def climb(model: LLaDA, prompts: list[list[int]], config: SampleConfig, quality: Callable) -> list[dict]:
     """Every rung for every prompt; quality(index of the prompt, answer) -> figures, whose means are reported."""
-    runs = {name: [] for name in RUNGS}
+    runs, halved = {name: [] for name in RUNGS}, copy.deepcopy(model).bfloat16()
     for i, prompt in enumerate(prompts):
         for name, options in RUNGS.items():
-            answer, seconds, nfe = decode(model, prompt, options, config, name == "plain loop")
+            asked = halved if name.endswith("bf16") else model
+            answer, seconds, nfe = decode(asked, prompt, options, config, name == "plain loop")
             runs[name].append((answer, seconds, nfe, quality(i, answer)))
         print(f"prompt {i + 1} of {len(prompts)}", end="\r", flush=True)
     table = []
