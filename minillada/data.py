@@ -114,8 +114,8 @@ def plain_text(path: Path) -> Iterator[str]:
                 return
 
 
-def json_lines(path: Path, field: str) -> Iterator[str]:
-    """The text of each line's `field`, one document per line. Raises BadInput with the number of the line."""
+def records(path: Path) -> Iterator[tuple[str, object]]:
+    """Where it stands ("FILE, line N"), and what JSON makes of it, of every line that is not empty. Raises BadInput."""
     with opened(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
             where = f"{path}, line {number}"
@@ -124,14 +124,19 @@ def json_lines(path: Path, field: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (ValueError, RecursionError) as error:
                 raise BadInput(f"{where}: expected JSON in UTF-8, got {error}; mend the line") from None
-            text = record.get(field) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise BadInput(f'{where}: expected an object with a text "{field}", got none; name another field')
-            refuse_surrogates(text, where)  # JSON can hold what UTF-8 cannot
-            yield without_nul(text.replace("\r\n", "\n").replace("\r", "\n"), where)
+
+
+def json_lines(path: Path, field: str) -> Iterator[str]:
+    """The text of each line's `field`, one document per line. Raises BadInput with the number of the line."""
+    for where, record in records(path):
+        text = record.get(field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise BadInput(f'{where}: expected an object with a text "{field}", got none; name another field')
+        refuse_surrogates(text, where)  # JSON can hold what UTF-8 cannot
+        yield without_nul(text.replace("\r\n", "\n").replace("\r", "\n"), where)
 
 
 def without_nul(text: str, where: str) -> str:

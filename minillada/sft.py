@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .chat import MARKERS, ROLES, ChatTemplate, Message
-from .data import MAX_LINE, Tokens, digest_of, opened
+from .data import Tokens, digest_of, records
 from .diffusion import PROCESSES, Noised, lengths, sample_t
 from .errors import BadInput, BadLuck
 from .files import write_file
@@ -47,25 +47,15 @@ Item = list[Pair]  # the turns of a dialogue, or two answers to the same prompt
 # ---- from lines to rows
 
 
-def records(path: str | Path) -> Iterator[tuple[str, dict]]:
+def objects(path: str | Path) -> Iterator[tuple[str, dict]]:
     """Where it stands, and the object, of every line that is not empty. Raises BadInput, BadLuck."""
     path = Path(path)
     if not path.is_file():
         raise BadLuck(f"data: expected a JSONL file, got {path}; give one")
-    with opened(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
-            where = f"{path}, line {number}"
-            if len(line) > MAX_LINE:
-                raise BadInput(f"{where}: expected at most {MAX_LINE} bytes, got more; shorten it")
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"{where}: expected JSON in UTF-8, got {error}; mend the line") from None
-            if not isinstance(record, dict):
-                raise BadInput(f"{where}: expected an object, got {type(record).__name__}; mend the line")
-            yield where, record
+    for where, record in records(path):
+        if not isinstance(record, dict):
+            raise BadInput(f"{where}: expected an object, got {type(record).__name__}; mend the line")
+        yield where, record
 
 
 def text_of(record: dict, key: str) -> str:
@@ -144,7 +134,7 @@ def read_items(
         raise BadInput("model: expected one with an end of text, which answers end with, got none; use another")
     items, where = [], str(path)
     try:
-        for where, record in records(path):  # noqa: B007 named in the error
+        for where, record in objects(path):  # noqa: B007 named in the error
             items.append(encode(turns_of(record), template, c))
     except BadInput as error:
         raise BadInput(str(error) if str(error).startswith(str(path)) else f"{where}: {error}") from None
