@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from .balance import move_biases, routing_report
@@ -37,7 +37,7 @@ class TrainStep(NamedTuple):
     best: int  # the step of the best bound so far, whose checkpoint is kept; 0 before the first
     precision: str
     model: LLaDA
-    routing: dict  # of a mixture of experts: `routing_report`; and what VRPO tells
+    extra: dict  # what experts (`routing_report`) and VRPO add to the log
     tokenizer: Tokenizer
     text: Tokens
     config: TrainConfig
@@ -47,7 +47,24 @@ class TrainStep(NamedTuple):
         """What the log holds of it."""
         numbers = dict(zip(self._fields[: self._fields.index("model")], self, strict=False))
         about = {"characters_per_token": self.text.characters_per_token}
-        return numbers | about | self.routing | ({"notices": self.notices} if self.notices else {})
+        return numbers | about | self.extra | ({"notices": self.notices} if self.notices else {})
+
+
+class Pretraining:
+    """What is asked of a text: batches, their noise, a validation. `SFT` and `VRPO` have the same three."""
+
+    validate = staticmethod(validate)
+
+    def __init__(self, text: Tokens, config: TrainConfig, mask_id: int) -> None:
+        self.text, self.config, self.mask_id = text, config, mask_id
+
+    def batches(self, start: int) -> Iterator[Tensor]:
+        """x0 (B,T) for ever, from batch number `start`."""
+        return batches(self.text.train, self.config.batch_size, self.config.length, self.config.seed, start)
+
+    def noise(self, model: nn.Module, x0: Tensor, precision: str, rng: Generator) -> tuple[Tensor, Noised, dict]:
+        x0 = random_length(x0, rng)
+        return x0, PROCESSES[self.config.process](x0, self.mask_id, sample_t(len(x0), rng), rng), {}
 
 
 def update(
@@ -84,20 +101,16 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(processes())
         now = State(stack, config or TrainConfig(), resume, moved)
-        config, model, text, rng, lesson = now.config, now.model, now.text, now.rng, now.lesson  # None: pre-training
+        config, model, text, rng = now.config, now.model, now.text, now.rng
+        lesson = now.lesson or Pretraining(text, config, model.config.mask_id)
         first, before, start = now.step, now.seconds, time.perf_counter()
         seconds, per_step = before, config.batch_size * config.length
-        texts = batches(text.train, config.batch_size, config.length, config.seed, first)
-        for step, x0 in enumerate(lesson.batches(first) if lesson else texts, first + 1):
+        for step, batch in enumerate(lesson.batches(first), first + 1):
             progress = seconds / 60 / config.minutes if config.minutes else step / (config.steps + 1)
             lr = set_rate(now.optimizers, config, progress, now.slower)
-            if lesson:  # SFT's or VRPO's
-                x0, noised, told = lesson.noise(model, x0, now.precision, rng)
-            else:
-                x0, told = random_length(x0, rng), {}
-                noised = PROCESSES[config.process](x0, model.config.mask_id, sample_t(len(x0), rng), rng)
+            x0, noised, extra = lesson.noise(model, batch, now.precision, rng)
             loss, grad_norm, routing = update(now.called, now.optimizers, x0, noised, config, now.precision)
-            loss, told = told.pop("loss", loss), routing | told
+            loss, extra = extra.pop("loss", loss), routing | extra
             seconds, stopped = agree(before + time.perf_counter() - start, stop())
             last = stopped > 0 or (seconds >= 60 * config.minutes if config.minutes else step >= config.steps)
             evaluate, save = last or step % config.eval_every == 0, last or step % config.checkpoint_every == 0
@@ -105,8 +118,7 @@ def train(
             size = loss + grad_norm + (weight_norm(model) if evaluate or save else 0.0)
             if not (sound := math.isfinite(size)):
                 now.go_back(step, f"loss {loss:.3g}, gradient {grad_norm:.3g}")
-            check = lesson.validate if lesson else validate
-            bound, levels = check(model, text, config, now.precision) if evaluate else (None, None)
+            bound, levels = lesson.validate(model, text, config, now.precision) if evaluate else (None, None)
             if evaluate and bound < now.best[0]:
                 now.best, save = (bound, step), True
             if save and sound:
@@ -114,7 +126,7 @@ def train(
 
             speed = (step - first) * per_step / (time.perf_counter() - start)
             numbers = (step, loss, bound, lr, grad_norm, step * per_step, speed, seconds, levels, now.best[1])
-            done = TrainStep(*numbers, now.precision, model, told, now.tokenizer, text, config, tuple(now.notices))
+            done = TrainStep(*numbers, now.precision, model, extra, now.tokenizer, text, config, tuple(now.notices))
             now.write(done.record(), save)
             now.notices = []
             yield done

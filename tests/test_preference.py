@@ -236,8 +236,8 @@ def test_an_interrupted_run_ends_with_the_weights_and_losses_of_an_uninterrupted
 
 def test_training_begins_at_the_reference_and_comes_to_prefer_the_chosen(home):
     steps = list(train(config(home, steps=40, eval_every=20, samples=4, lr=0.002)))
-    assert steps[0].routing["score"] == 0 and steps[0].loss > math.log(2)  # SFT's term is in it
-    assert steps[-1].bound < math.log(2) - 0.02 and steps[-1].routing["score"] > 0.2
+    assert steps[0].extra["score"] == 0 and steps[0].loss > math.log(2)  # SFT's term is in it
+    assert steps[-1].bound < math.log(2) - 0.02 and steps[-1].extra["score"] > 0.2
 
 
 def test_the_reference_stays_as_it_was(home):
