@@ -1,8 +1,6 @@
 """Let a trained model write: after a prompt, into the holes of a text, or in a chat."""
 
-from pathlib import Path
-
-from minillada.ask import FOR_RUNS, add_questions, answer, make_talker, parse
+from minillada.ask import add_questions, answer, defaults_of, make_talker, parse
 from minillada.checkpoint import check, load
 from minillada.cli import Parser, newest_run, pick_device, run
 
@@ -28,8 +26,7 @@ def main() -> None:
     name = args.run or str(newest_run())
     found = check(name)
     model, tokenizer = load(found.directory, device)
-    wild = (Path(name) / "run.json").exists() and not (found.directory / "chat_template.jinja").exists()
-    defaults = FOR_RUNS if wild else {}  # a run that was taught to answer is sure of itself
+    defaults = defaults_of(name, found.directory)
     answer(args, make_talker(found.directory, name, model, tokenizer, args, **defaults))
 
 

@@ -8,13 +8,12 @@ import html
 import os
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from itertools import zip_longest
-from pathlib import Path
 
-from .ask import FOR_RUNS, Talker, make_talker, to_fill, to_write
+from .ask import Talker, defaults_of, make_talker, to_fill, to_write
 from .canvas import Canvas
 from .chat import Message
 from .checkpoint import check, load
@@ -136,75 +135,86 @@ def bubbles(messages: list[Message]) -> list[Message]:
     return [{"role": m["role"], "content": html.escape(display(m["content"]))} for m in messages]
 
 
+def at_end(trace: Trace | None):
+    """What the replay's slider shows when a trace is there."""
+    return gr.update(maximum=trace.n_steps, value=trace.n_steps) if trace else gr.skip()
+
+
+def write(talker: Talker, task: str, text: str, *values):
+    for shown, trace in denoise(talker, *start(talker, task, text, values)):
+        yield shown, at_end(trace), trace
+
+
+def compare(talker: Talker, text: str, *values):
+    """The same text with two settings, step by step in turns."""
+    half = len(values) // 2
+    runs = [denoise(talker, *start(talker, "either", text, v)) for v in (values[:half], values[half:])]
+    last = [(gr.skip(), None)] * 2
+    for both in zip_longest(*runs):
+        last = [new or old for new, old in zip(both, last, strict=True)]
+        done = [f"{trace.n_steps} evaluations" if trace else "…" for _, trace in last]
+        yield last[0][0], last[1][0], *done
+
+
+def chat(talker: Talker, text: str, messages: list[Message], *values):
+    args, c = options(values[: len(TYPES)], values[len(TYPES) :]), talker.model.config
+    length = args.gen_len or min(128, c.max_len // 2)
+    if not text.strip() or len(text) > LONGEST:
+        raise BadInput(f"message: expected 1 to {LONGEST} characters, got {len(text)}; write another")
+    kept, prompt = talker.template.fit([*messages, {"role": "user", "content": text}], c.max_len - length)
+    canvas, config = to_write(args, talker, prompt)
+    yield kept, bubbles(kept), "", *[gr.skip()] * 3
+    for shown, trace in denoise(talker, canvas, config, args.seed, len(prompt)):
+        yield *[gr.skip()] * 3, shown, at_end(trace), trace
+    new = talker.tokenizer.decode(answer_of(trace.final.tolist(), config, c))
+    messages = [*kept, {"role": "assistant", "content": new}]
+    yield messages, bubbles(messages), *[gr.skip()] * 4
+
+
+def asking(label: str, hint: str, text: str = ""):
+    """A box to type in, and the buttons to begin and to stop."""
+    box = gr.Textbox(text, label=label, info=hint, lines=3, max_length=LONGEST, elem_classes="ask")
+    with gr.Row():
+        return box, gr.Button("Write", variant="primary"), gr.Button("Stop")
+
+
+def connect(asked: tuple, work: Callable, inputs: list, outputs: list) -> None:
+    """Begin the work at the button or the end of a line, one request at a time, and end it at the other button."""
+    box, button, stop = asked
+    how = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
+    events = [listen(faults_shown(work), [box, *inputs], outputs, **how) for listen in (button.click, box.submit)]
+    stop.click(None, cancels=events)
+
+
 def build(talker: Talker, name: str):
     """The whole page as Gradio Blocks."""
-    at_end = lambda trace: gr.update(maximum=trace.n_steps, value=trace.n_steps) if trace else gr.skip()
-    one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-
-    def write(task: str, text: str, *values):
-        for shown, trace in denoise(talker, *start(talker, task, text, values)):
-            yield shown, at_end(trace), trace
-
-    def compare(text: str, *values):
-        half = len(values) // 2
-        runs = [denoise(talker, *start(talker, "either", text, v)) for v in (values[:half], values[half:])]
-        last = [(gr.skip(), None)] * 2
-        for now in zip_longest(*runs):
-            last = [new or old for new, old in zip(now, last, strict=True)]
-            done = [f"{trace.n_steps} evaluations" if trace else "…" for _, trace in last]
-            yield last[0][0], last[1][0], *done
-
-    def chat(text: str, messages: list[Message], *values):
-        args, c = options(values[: len(TYPES)], values[len(TYPES) :]), talker.model.config
-        length = args.gen_len or min(128, c.max_len // 2)
-        if not text.strip() or len(text) > LONGEST:
-            raise BadInput(f"message: expected 1 to {LONGEST} characters, got {len(text)}; write another")
-        kept, prompt = talker.template.fit([*messages, {"role": "user", "content": text}], c.max_len - length)
-        canvas, config = to_write(args, talker, prompt)
-        yield kept, bubbles(kept), "", *[gr.skip()] * 3
-        for shown, trace in denoise(talker, canvas, config, args.seed, len(prompt)):
-            yield *[gr.skip()] * 3, shown, at_end(trace), trace
-        new = talker.tokenizer.decode(answer_of(trace.final.tolist(), config, c))
-        messages = [*kept, {"role": "assistant", "content": new}]
-        yield messages, bubbles(messages), *[gr.skip()] * 4
-
-    def connect(button, box, work, inputs, outputs, stop):
-        work = faults_shown(work)
-        events = [listen(work, inputs, outputs, **one_at_a_time) for listen in (button.click, box.submit)]
-        stop.click(None, cancels=events)
-
-    def asking(label: str, hint: str, text: str = ""):
-        box = gr.Textbox(text, label=label, info=hint, lines=3, max_length=LONGEST, elem_classes="ask")
-        with gr.Row():
-            return box, gr.Button("Write", variant="primary"), gr.Button("Stop")
-
     with gr.Blocks(title=f"minillada: {name}", analytics_enabled=False) as page:
         gr.Markdown(f"## minillada: `{name.replace('`', '')}`")
         with gr.Sidebar(label="how to decode", open=False):
             first = settings(talker)
         with gr.Tab("Complete"):
-            box, button, stop = asking("prompt", "a text to go on from, or a message to an instruct model")
+            asked = asking("prompt", "a text to go on from, or a message to an instruct model")
             shown, steps, trace = replay(talker)
-            connect(button, box, partial(write, "write"), [box, *first], [shown, steps, trace], stop)
+            connect(asked, partial(write, talker, "write"), first, [shown, steps, trace])
         with gr.Tab("Fill"):
-            box, button, stop = asking("text", "type [MASK] wherever a token is wanted", "If the[MASK] is not a[MASK]")
+            asked = asking("text", "type [MASK] wherever a token is wanted", "If the[MASK] is not a[MASK]")
             shown, steps, trace = replay(talker)
-            connect(button, box, partial(write, "fill"), [box, *first], [shown, steps, trace], stop)
+            connect(asked, partial(write, talker, "fill"), first, [shown, steps, trace])
         with gr.Tab("Chat"):
             messages = gr.State([], time_to_live=3600)
             talk = gr.Chatbot(render_markdown=False, label="chat", buttons=[])
-            box, button, stop = asking("message", "a message; what no longer fits is forgotten, the oldest first")
+            asked = asking("message", "a message; what no longer fits is forgotten, the oldest first")
             shown, steps, trace = replay(talker)
-            connect(button, box, chat, [box, messages, *first], [messages, talk, box, shown, steps, trace], stop)
+            connect(asked, partial(chat, talker), [messages, *first], [messages, talk, asked[0], shown, steps, trace])
             gr.Button("Forget").click(lambda: ([], []), None, [messages, talk])
         with gr.Tab("Compare"):
-            box, button, stop = asking("text", "a prompt, or a text with [MASK]; the sidebar has the settings of A")
+            asked = asking("text", "a prompt, or a text with [MASK]; the sidebar has the settings of A")
             with gr.Row():
                 left, right = screen("A"), screen("B")
             told = [gr.Textbox(label=f"{which}: done", interactive=False) for which in "AB"]
             with gr.Accordion("settings of B"):
                 second = settings(talker)
-            connect(button, box, compare, [box, *first, *second], [left, right, *told], stop)
+            connect(asked, partial(compare, talker), [*first, *second], [left, right, *told])
     return page
 
 
@@ -228,7 +238,7 @@ def main() -> None:
     name = args.model or str(newest_run())
     found = check(name if os.path.lexists(name) else fetch(name, None, progress=True))
     model, tokenizer = load(found.directory, pick_device(args.device))
-    defaults = FOR_RUNS if (Path(name) / "run.json").exists() else {}
+    defaults = defaults_of(name, found.directory)
     talker = make_talker(found.directory, name, model, tokenizer, Namespace(raw=args.raw, chat=False), **defaults)
     launch(build(talker, name), args.host, args.port, (user, password) if args.auth else None)
 

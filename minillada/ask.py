@@ -22,7 +22,12 @@ from .terminal import watch
 from .tokenizer import Tokenizer, display
 from .trace import Trace, overhear
 
-FOR_RUNS = {"temperature": 0.7, "remasking": "random"}  # for a run of train_tiny.py, unless told otherwise
+
+def defaults_of(name: str, directory: Path) -> dict:
+    """How to draw from a model unless told otherwise: a run of train_tiny.py is too small to go by its confidence, but
+    for one that was taught to answer, whose checkpoints have a template."""
+    wild = (Path(name) / "run.json").exists() and not (directory / "chat_template.jinja").exists()
+    return {"temperature": 0.7, "remasking": "random"} if wild else {}
 
 
 class Talker(NamedTuple):
