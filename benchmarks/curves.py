@@ -6,7 +6,8 @@
 
 The plain recipe: AdamW for everything, float32, and the noise of LLaDA's guidelines (independent t, Bernoulli masks,
 1/p_mask). Model, tokens, batches, warm-up and decay, and the code of a step are the default's: only the recipe differs.
-Time is that of training alone, without evaluations. Runs that OUT.json holds already are not repeated; it and the
+Time is that of training alone, without evaluations; with `--threads 1` it is the processor's, so that what else runs on
+the machine does not count. Runs that OUT.json holds already are not repeated; it and the
 picture OUT.png are renewed after each run.
 """
 
@@ -41,15 +42,16 @@ def learn(now: State, stratified: bool = True, evaluations: int = 25) -> Iterato
     """
     config, model, rng = now.config, now.model, now.rng
     stream = batches(now.text.train, config.batch_size, config.length, config.seed)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     budget, seconds, step, shown = 60 * config.minutes, 0.0, 0, 0
     while seconds < budget:
-        start = time.perf_counter()
+        start = clock()
         set_rate(now.optimizers, config, seconds / budget)
         x0 = random_length(next(stream), rng)
         t = sample_t(len(x0), rng, stratified)
         noised = PROCESSES[config.process](x0, model.config.mask_id, t, rng)
         update(now.called, now.optimizers, x0, noised, config, now.precision)
-        seconds, step = seconds + time.perf_counter() - start, step + 1
+        seconds, step = seconds + clock() - start, step + 1
         if seconds >= budget * (shown + 1) / evaluations:
             shown = int(evaluations * seconds / budget)
             yield seconds, validate(model, now.text, config, now.precision)[0], step
