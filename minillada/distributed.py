@@ -48,6 +48,7 @@ def processes() -> Iterator[None]:
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
         try:
             yield
+            dist.barrier()  # what still held a tensor while Python shuts down would abort the process
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "Connection" not in str(error) and "gloo" not in str(error):
                 raise

@@ -134,7 +134,7 @@ def directory(tmp_path_factory) -> Path:
             port = str(free.getsockname()[1])
         script = "import sys, pathlib; sys.path[:0] = sys.argv[2:]; import test_distributed; "
         script += "test_distributed.work(pathlib.Path(sys.argv[1]))"
-        command = [sys.executable, "-c", script, directory, ROOT, ROOT / "tests"]
+        command = [sys.executable, "-X", "faulthandler", "-c", script, directory, ROOT, ROOT / "tests"]
         common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         workers = [
             subprocess.Popen(command, env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)
