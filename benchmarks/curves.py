@@ -36,24 +36,25 @@ PLAIN = {"optimizer": "adamw", "process": "bernoulli", "precision": "float32"}
 
 
 def learn(now: State, stratified: bool = True, evaluations: int = 25) -> Iterator[tuple[float, float, int]]:
-    """Train for `minutes`; yield (seconds of training so far, nats per character of the validation text, step).
+    """Train for `minutes`, or for `steps`; yield (seconds of training, nats per character of validation text, step).
 
     What `train` does in a step, but for stratified = False: then the masking levels of a batch are independent.
     """
     config, model, rng = now.config, now.model, now.rng
     stream = batches(now.text.train, config.batch_size, config.length, config.seed)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    budget, seconds, step, shown = 60 * config.minutes, 0.0, 0, 0
-    while seconds < budget:
+    seconds, step, shown, progress = 0.0, 0, 0, 0.0
+    while progress < 1:
         start = clock()
-        set_rate(now.optimizers, config, seconds / budget)
+        set_rate(now.optimizers, config, progress)
         x0 = random_length(next(stream), rng)
         t = sample_t(len(x0), rng, stratified)
         noised = PROCESSES[config.process](x0, model.config.mask_id, t, rng)
         update(now.called, now.optimizers, x0, noised, config, now.precision)
         seconds, step = seconds + clock() - start, step + 1
-        if seconds >= budget * (shown + 1) / evaluations:
-            shown = int(evaluations * seconds / budget)
+        progress = seconds / 60 / config.minutes if config.minutes else step / config.steps
+        if progress >= (shown + 1) / evaluations:
+            shown = int(evaluations * progress)
             yield seconds, validate(model, now.text, config, now.precision)[0], step
 
 
