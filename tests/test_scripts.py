@@ -4,7 +4,6 @@ import io
 import json
 import os
 import runpy
-import select
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import GOLDEN
+from pseudo_terminal import chat, last_picture, with_terminals
 from safetensors.torch import load_file, save_file
 from talkers import CHARACTERS, write_talker, write_template, write_tokenizer
 
@@ -358,38 +358,13 @@ def test_a_long_chat_takes_no_more_memory_than_a_short_one(turns, home, monkeypa
 # ---- from outside ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
+@with_terminals
 def test_a_person_chats_for_three_turns_in_a_terminal(home):
-    import pty
-
-    here, there = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
-    command = [sys.executable, "load_8b.py", str(home), "--chat", *QUICK]
-    with subprocess.Popen(
-        command, stdin=there, stdout=there, stderr=subprocess.PIPE, env=environment, cwd=ROOT
-    ) as child:
-        os.close(there)
-        seen = ""
-
-        def read_until(wanted, seconds=60):
-            nonlocal seen
-            end, start = time.monotonic() + seconds, len(seen)
-            while wanted not in seen[start:]:
-                assert select.select([here], [], [], end - time.monotonic())[0], f"no {wanted!r} in {seen[start:]!r}"
-                seen += os.read(here, 4096).decode()
-            return seen[start:]
-
-        read_until("you> ")
+    with chat("load_8b.py", home, *QUICK) as say:
         for message in ("Hello", "How are you?", "Good"):
-            os.write(here, message.encode() + b"\n")
-            shown = read_until("you> ")
+            shown = say(message)
             assert "░" in shown and "\x1b[J" in shown, "the masks resolve before one's eyes"
-            final = shown.rsplit("\x1b[J", 1)[1]
-            assert "░" not in final
-        os.write(here, b"\x04")  # Ctrl-D
-        assert child.wait(30) == 0
-        assert b"error" not in child.stderr.read()
-    os.close(here)
+            assert "░" not in last_picture(shown)
 
 
 def script(*command, **options):

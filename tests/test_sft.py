@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import Oracle, tiny_model
+from pseudo_terminal import chat, last_picture, with_terminals
 from safetensors.torch import load_file
 from talkers import write_talker
 
@@ -257,6 +258,17 @@ def test_an_interrupted_run_ends_with_the_weights_and_losses_of_an_uninterrupted
 def test_training_lowers_the_bound_of_held_out_answers(home):
     bounds = [step.bound for step in train(config(home, steps=30, eval_every=10, batch_size=16)) if step.bound]
     assert bounds[-1] < bounds[0]
+
+
+@with_terminals
+def test_in_a_terminal_it_answers_what_it_was_taught_and_stops(home, tmp_path):
+    taught = {"1+1=": "2", "50+51=": "101", "7+4=": "11", "9+0=": "9"}
+    data = write(tmp_path / "data.jsonl", *[{"prompt": q, "answer": a} for q, a in taught.items() for _ in range(5)])
+    list(train(config(home, data=str(data), steps=150, eval_every=150, batch_size=8, out=str(tmp_path / "run"))))
+    with chat("sample.py", tmp_path / "run", "--gen-len", "4", "--temperature", "0", "--device", "cpu") as say:
+        for question, answer in taught.items():
+            assert last_picture(say(question)).split("you> ")[0].strip() == answer
+            say("/reset")
 
 
 def test_resuming_with_other_data_is_refused(home, tmp_path):

@@ -1,0 +1,57 @@
+"""A person at a terminal, in front of a script that talks."""
+
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+with_terminals = pytest.mark.skipif(
+    sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind"
+)  # as for `pty` itself
+
+
+@contextmanager
+def chat(*command: object) -> Iterator[Callable[[str], str]]:
+    """Start `python COMMAND --chat`; yield say(message) -> all that the terminal shows until the next turn.
+
+    In the end Ctrl-D is typed, after which the script must leave with 0 and without an error.
+    """
+    import pty
+
+    here, there = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    streams = {"stdin": there, "stdout": there, "stderr": subprocess.PIPE}
+    with subprocess.Popen(
+        [sys.executable, *map(str, command), "--chat"], env=environment, cwd=ROOT, **streams
+    ) as child:
+        os.close(there)
+
+        def turn(seconds: float = 60) -> str:
+            seen, end = "", time.monotonic() + seconds
+            while "you> " not in seen:
+                assert select.select([here], [], [], end - time.monotonic())[0], f"no next turn in {seen!r}"
+                seen += os.read(here, 4096).decode()
+            return seen
+
+        def say(message: str) -> str:
+            os.write(here, message.encode() + b"\n")
+            return turn()
+
+        turn()
+        yield say
+        os.write(here, b"\x04")
+        assert child.wait(30) == 0
+        assert b"error" not in child.stderr.read()
+    os.close(here)
+
+
+def last_picture(shown: str) -> str:
+    """What stands there after the last time that the picture was drawn anew."""
+    return shown.rsplit("\x1b[J", 1)[1]
