@@ -207,6 +207,13 @@ def test_masks_that_are_typed_are_filled(visitor):
     assert "[MASK]" not in shown[0]
 
 
+def assert_rest(visitor) -> None:
+    time.sleep(0.5)
+    at = len(visitor.calls)
+    time.sleep(1)
+    assert len(visitor.calls) == at
+
+
 @needed
 @gradio
 def test_stop_stops_the_computation(visitor):
@@ -214,10 +221,7 @@ def test_stop_stops_the_computation(visitor):
     visitor.write("Stop me")
     visitor.until(visitor.holes)
     visitor.click("Stop")
-    time.sleep(0.5)
-    at = len(visitor.calls)
-    time.sleep(1)
-    assert len(visitor.calls) == at
+    assert_rest(visitor)
     assert visitor.holes()
 
 
@@ -230,10 +234,7 @@ def test_to_leave_the_page_stops_the_computation(visitor):
     visitor.write("Good bye")
     visitor.until(visitor.holes)
     visitor.open("about:blank")
-    time.sleep(0.5)
-    at = len(visitor.calls)
-    time.sleep(1)
-    assert len(visitor.calls) == at
+    assert_rest(visitor)
     visitor.open(visitor.url)
     visitor.until(lambda: visitor.visible(".ask textarea", "return found.length"))
 

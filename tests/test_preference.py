@@ -1,12 +1,13 @@
 import copy
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from oracles import Oracle, tiny_model
-from safetensors.torch import load_file
+from runs_compared import assert_an_interruption_changes_nothing
 
 from minillada import BadInput, TrainConfig, exact_bound, load, save, train
 from minillada.diffusion import pretraining_loss
@@ -212,26 +213,9 @@ def config(home: Path, **changes) -> TrainConfig:
     return TrainConfig(**{**QUICK, **given, **changes})
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(sorted((run / "checkpoints").iterdir())[-1] / "model.safetensors")
-
-
-def losses(run: Path) -> list[list[float]]:
-    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    return [[line["loss"], line["score"], line["preferred"]] for line in lines]
-
-
 @pytest.mark.parametrize("changes", [{}, {"lora": 2}, {"shared": False, "masks": 2}])
 def test_an_interrupted_run_ends_with_the_weights_and_losses_of_an_uninterrupted_one(home, tmp_path, changes):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    list(train(config(home, out=str(whole), **changes)))
-    list(train(config(home, out=str(parts), **changes), stop=iter([False, False, False, True]).__next__))
-    torch.rand(7)
-    assert [step.step for step in train(resume=parts)] == [5, 6]
-    assert losses(parts) == losses(whole)
-    expected = weights(whole)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(parts).items())
-    assert any(not torch.equal(tensor, expected[name]) for name, tensor in weights(home / "pre").items())
+    assert_an_interruption_changes_nothing(partial(config, home, **changes), tmp_path, "loss", "score", "preferred")
 
 
 def test_training_begins_at_the_reference_and_comes_to_prefer_the_chosen(home):

@@ -2,6 +2,7 @@ import io
 import json
 import math
 import sys
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from oracles import Oracle, tiny_model
 from pseudo_terminal import chat, last_picture, with_terminals
-from safetensors.torch import load_file
+from runs_compared import assert_an_interruption_changes_nothing
 from talkers import write_talker
 
 import minillada
@@ -69,14 +70,6 @@ def noised(pairs=PAIRS, seed: int = 0, **changes):
 def write(path: Path, *lines: object) -> Path:
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     return path
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(sorted((run / "checkpoints").iterdir())[-1] / "model.safetensors")
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 # ---- the loss
@@ -244,15 +237,7 @@ def test_empty_lines_and_a_byte_order_mark_are_passed_over(tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, {"eos_padding": False}, {"lora": 2}, {"accumulate": 2, "recompute": True}])
 def test_an_interrupted_run_ends_with_the_weights_and_losses_of_an_uninterrupted_one(home, tmp_path, changes):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    list(train(config(home, out=str(whole), **changes)))
-    list(train(config(home, out=str(parts), **changes), stop=iter([False, False, False, True]).__next__))
-    torch.rand(7)
-    assert [step.step for step in train(resume=parts)] == [5, 6]
-    assert losses(parts) == losses(whole)
-    expected = weights(whole)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(parts).items())
-    assert any(not torch.equal(tensor, expected[name]) for name, tensor in weights(home / "pre").items())
+    assert_an_interruption_changes_nothing(partial(config, home, **changes), tmp_path, "loss")
 
 
 def test_training_lowers_the_bound_of_held_out_answers(home):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs_compared import weights
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_flatten
 
@@ -41,11 +42,6 @@ LOSS = optim.pretraining_loss
 @pytest.fixture(autouse=True)
 def private_cache(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("MINILLADA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    (newest,) = sorted((run / "checkpoints").iterdir())[-1:]
-    return load_file(newest / "model.safetensors")
 
 
 def assert_same(a: object, b: object) -> None:
