@@ -1,11 +1,15 @@
 """The speed ladder: what each rung of faster decoding brings on trained models, and what it costs in quality.
 
     python train_tiny.py --preset small --tokenizer bpe:4096 --batch-size 8 --length 160 --minutes 45 --out runs/docs
-    python benchmarks/ladder.py runs/docs --sums runs/sums
+    python train_tiny.py --preset small --tokenizer bpe:4096 --batch-size 3 --length 544 --minutes 55 --out runs/long
+    python benchmarks/ladder.py docs runs/docs
+    python benchmarks/ladder.py long runs/long --prompts 3
+    python benchmarks/ladder.py sums runs/sums
 
-The second command trains a small model on lines of 16 additions first (for --minutes), unless its directory exists.
-For every prompt each rung decodes 128 new tokens (96 for the sums), batch 1, one after the other in the same run; time
-is the median over prompts. Writes docs/ladder.json and docs/ladder.png.
+`docs` continues held-out text by as much as the model has room for after 32 tokens; `long` does so on fewer rungs.
+`sums` trains a small model on lines of 16 additions first (for --minutes), unless its directory exists. For every
+prompt the rungs decode one after the other in the same run, batch 1; time is the median over prompts. Each command
+renews its part of docs/ladder.json, and docs/ladder.png.
 """
 
 import argparse
@@ -14,7 +18,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +52,8 @@ RUNGS: dict[str, dict] = {
     "threshold 0.3 + dual cache": {"commit": "threshold:0.3", "cache": "dual"},
     "threshold 0.2 + dual cache": {"commit": "threshold:0.2", "cache": "dual"},
 }
+
+LONG = ["plain loop", "exact tricks", "dual cache", "threshold 0.9 + dual cache", "threshold 0.9 + dual, bf16"]
 
 
 def train_sums(directory: Path, minutes: float) -> None:
@@ -93,11 +99,14 @@ def decode(model: LLaDA, prompt: list[int], options: dict, config: SampleConfig,
     return x[0, len(prompt) :].tolist(), time.perf_counter() - start, nfe
 
 
-def climb(model: LLaDA, prompts: list[list[int]], config: SampleConfig, quality: Callable) -> list[dict]:
+def climb(
+    model: LLaDA, prompts: list[list[int]], config: SampleConfig, quality: Callable, rungs: Iterable[str] = RUNGS
+) -> list[dict]:
     """Every rung for every prompt; quality(index of the prompt, answer) -> figures, whose means are reported."""
-    runs, halved = {name: [] for name in RUNGS}, copy.deepcopy(model).bfloat16()
+    runs, halved = {name: [] for name in rungs}, copy.deepcopy(model).bfloat16()
     for i, prompt in enumerate(prompts):
-        for name, options in RUNGS.items():
+        for name in rungs:
+            options = RUNGS[name]
             asked = halved if name.endswith("bf16") else model
             answer, seconds, nfe = decode(asked, prompt, options, config, name == "plain loop")
             runs[name].append((answer, seconds, nfe, quality(i, answer)))
@@ -119,13 +128,15 @@ def climb(model: LLaDA, prompts: list[list[int]], config: SampleConfig, quality:
     return table
 
 
-def docs(run: Path, n: int) -> list[dict]:
+def docs(run: Path, n: int, rungs: Iterable[str] = RUNGS) -> list[dict]:
     """Prompts from the validation text. Quality: the share of tokens that are the text's own in their place, and nats
     per token of what was written, given the prompt, by the model itself."""
     model, tokenizer = minillada.load(run)
+    length = model.config.max_len
+    config = replace(CONFIG, gen_len=length - PROMPT, steps=length - PROMPT, ban_eos=True)
     text = "".join(read_text(json.loads((run / "run.json").read_text())["data"]))
     ids = tokenizer.encode(text[training_part(len(text)) :])
-    rows = [ids[i : i + PROMPT + CONFIG.gen_len] for i in range(0, len(ids) - 160, len(ids) // n)][:n]
+    rows = [ids[i : i + length] for i in range(0, len(ids) - length, (len(ids) - length) // n)][:n]
     prompts = [row[:PROMPT] for row in rows]
 
     def quality(i: int, answer: list[int]) -> dict:
@@ -133,7 +144,7 @@ def docs(run: Path, n: int) -> list[dict]:
         right = sum(a == b for a, b in zip(answer, rows[i][PROMPT:], strict=True)) / len(answer)
         return {"accuracy": right, "nats": nats}
 
-    return climb(model, prompts, replace(CONFIG, ban_eos=True), quality)
+    return climb(model, prompts, config, quality, rungs)
 
 
 def sums(directory: Path, n: int) -> list[dict]:
@@ -155,31 +166,39 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     says = {"docs": "{nats:.2f} nats a token", "sums": "{accuracy:.0%} right"}
-    for axes, (name, rungs) in zip(figure.subplots(1, len(results), sharey=True), results.items(), strict=True):
+    axes = figure.subplots(1, 2, sharey=True)
+    for side, (name, says_what) in zip(axes, says.items(), strict=True):
+        rungs = results[name]
         times = [rung["times_plain"] for rung in rungs]
-        bars = axes.barh([rung["rung"] for rung in rungs], times, color="tab:blue", alpha=0.7)
-        axes.bar_label(bars, [says[name].format(**rung) for rung in rungs], padding=4, fontsize=8)
-        axes.set(xscale="log", xlim=(0.9, 4 * max(times)), xlabel="times as fast as the plain loop", title=name)
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.invert_yaxis()
+        bars = side.barh([rung["rung"] for rung in rungs], times, color="tab:blue", alpha=0.7)
+        side.bar_label(bars, [says_what.format(**rung) for rung in rungs], padding=4, fontsize=8)
+        side.set(xscale="log", xlim=(0.9, 4 * max(times)), xlabel="times as fast as the plain loop", title=name)
+        side.xaxis.set_major_formatter("{x:g}")
+        side.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
     figure.savefig(path, dpi=130)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("docs", type=Path, help="a run of train_tiny.py")
-    parser.add_argument("--sums", type=Path, default=Path("runs/sums"))
-    parser.add_argument("--minutes", type=float, default=6.0, help="of training, if there is no such directory yet")
+    parser.add_argument("what", choices=("docs", "long", "sums"))
+    parser.add_argument("run", type=Path, help="a run of train_tiny.py; for sums, any model directory")
+    parser.add_argument("--minutes", type=float, default=6.0, help="of training for sums, where there is no run yet")
     parser.add_argument("--prompts", type=int, default=5)
     parser.add_argument("--out", type=Path, default=DOCS / "ladder.json")
     args = parser.parse_args()
-    if not args.sums.exists():
-        train_sums(args.sums, args.minutes)
+    if args.what == "sums":
+        if not args.run.exists():
+            train_sums(args.run, args.minutes)
+        found = sums(args.run, args.prompts)
+    else:
+        found = docs(args.run, args.prompts, LONG if args.what == "long" else RUNGS)
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
     about = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    results = {"docs": docs(args.docs, args.prompts), "sums": sums(args.sums, args.prompts)}
-    args.out.write_text(json.dumps(about | results, indent=1) + "\n")
-    draw(results, args.out.with_suffix(".png"))
+    results = results | about | {args.what: found}
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    if {"docs", "sums"} <= results.keys():
+        draw(results, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
