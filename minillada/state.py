@@ -66,6 +66,9 @@ class State:
         with together():
             if saved and saved["text"] != self.text.fingerprint:
                 raise BadInput(f"data: expected the text this run began with, got another in {config.data}; restore it")
+            if saved and (saved["seconds"] >= 60 * config.minutes if config.minutes else saved["step"] >= config.steps):
+                what = "resume: expected a run that is not finished"
+                raise BadInput(f"{what}, got {resume} after all of its {saved['step']} steps; begin another")
             if config.out and not saved:
                 self.run = stack.enter_context(Run.create(config.out, asdict(config), leads))
             begun = self.make(saved)

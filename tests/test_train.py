@@ -126,6 +126,12 @@ def all_finite(run: Path) -> bool:
     return bool(files) and all(t.isfinite().all() for file in files for t in load_file(file).values())
 
 
+def test_a_finished_run_has_nothing_to_resume(tmp_path):
+    list(train(TrainConfig(**QUICK, out=str(tmp_path / "run"))))
+    with pytest.raises(BadInput, match=r"^resume: expected a run that is not finished, got .*run after all of its 6 "):
+        next(train(resume=tmp_path / "run"))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_crash_goes_back_to_the_last_checkpoint_skips_the_batch_and_slows_down(tmp_path, monkeypatch, value):
     config = TrainConfig(**{**QUICK, "steps": 9}, out=str(tmp_path / "run"), keep=0)
