@@ -8,7 +8,7 @@ from argparse import Namespace
 import torch
 from tqdm import tqdm
 
-from minillada.ask import add_questions, answer, make_talker, parse
+from minillada.ask import add_questions, answer, expect_tokenizer, make_talker, parse
 from minillada.chat import ChatTemplate
 from minillada.checkpoint import Report, check, load
 from minillada.cli import Parser, pick_device, run
@@ -105,6 +105,7 @@ def main() -> None:
         describe_template(found)
         say("all well" + ("" if args.deep else "; the weights were not read (--deep does)"))
         return
+    expect_tokenizer(found.directory, args.model)  # before gigabytes are read
     model, tokenizer = load_model(args, found, device)
     talker = make_talker(found.directory, args.model, model, tokenizer, args)
     say(f"prompts are {'messages in the chat template' if talker.instruct else 'texts to go on with'}")

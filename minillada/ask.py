@@ -105,12 +105,17 @@ def wanted(args: argparse.Namespace) -> list[str]:
     return [form for form in FORMS if getattr(args, form) is not None]
 
 
+def expect_tokenizer(directory: Path, name: str) -> None:
+    """Raise BadInput if there is none."""
+    if not (directory / "tokenizer.json").is_file():
+        raise BadInput(f"{name}: expected a tokenizer.json, got none; save the model with its tokenizer")
+
+
 def make_talker(
     directory: Path, name: str, model: LLaDA, tokenizer: Tokenizer | None, args: argparse.Namespace, **defaults: object
 ) -> Talker:
     """name: what the user called the model, which may tell whether it was taught to answer."""
-    if tokenizer is None:
-        raise BadInput(f"{name}: expected a tokenizer.json, got none; save the model with its tokenizer")
+    expect_tokenizer(directory, name)
     if tokenizer.mask_id != model.config.mask_id:
         tokenizer = Tokenizer(tokenizer.inner, {"mask": model.config.mask_id})
     template = ChatTemplate.load(directory, tokenizer)
