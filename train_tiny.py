@@ -86,7 +86,7 @@ def follow(config: TrainConfig | None, resume: Path | None, moved: dict, log: st
     for step in train(config, resume, stop=interrupted, **moved):
         if bar is None:
             introduce(step, str(where))
-            look = {"unit": "step", "mininterval": 0.5, "dynamic_ncols": True, "disable": rank() > 0}
+            look = {"unit": "step", "mininterval": 0.5, "dynamic_ncols": True, "disable": None if rank() == 0 else True}
             bar = tqdm(total=step.config.steps, initial=step.step - 1, **look)
             tell = make(log, where, asdict(step.config)) if log and rank() == 0 else lambda record: None
         for notice in step.notices:
