@@ -8,7 +8,7 @@ EXAMPLES = """examples:
   python sample.py                                            the newest run writes freely
   python sample.py runs/docs-tiny-1 --prompt "The return "    it goes on from there
   python sample.py runs/docs-tiny-1 --fill "If the[MASK] is not a[MASK]"
-  python sample.py runs/docs-tiny-1 --temperature 1 --commit first-hitting --seed 7    an exact sample
+  python sample.py runs/docs-tiny-1 --temperature 1 --commit first-hitting --block-len 128    an exact sample
   python sample.py runs/docs-tiny-1 --prompts lines.txt --out answers.jsonl
   python sample.py runs/docs-tiny-1 --watch 0.2 --html run.html --svg run.svg    to be followed, and to be kept
 

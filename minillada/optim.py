@@ -21,7 +21,8 @@ from .presets import TrainConfig
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks and AdamW for the rest, or AdamW for both; the matrices come first.
 
-    Muon (arXiv:2502.16982) makes every update orthogonal; here that is what makes three minutes enough.
+    Muon (arXiv:2502.16982, but with PyTorch's scale, that of its first publication) makes every update orthogonal; here
+    that is what makes three minutes enough.
     """
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]  # not stacked experts: Muon wants plain ones
     chosen = set(matrices)

@@ -159,13 +159,13 @@ def entropy_bound(gamma: float = 0.1) -> Method:
 
 
 def ancestral() -> Method:
-    """Each hole by itself with probability 1 - s/t = 1/left on an even grid (LLaDA, eq. 10): with remasking "random"
-    and temperature 1 the exact reverse process as the steps grow. The only rule that may commit none."""
+    """Each hole by itself with probability 1 - s/t = 1/left on an even grid (LLaDA, eq. 10): with remasking "random",
+    temperature 1 and one window the exact reverse process as the steps grow. The only rule that may commit none."""
     return Method(lambda _, now: ((now.uniform() < 1 / now.left) & now.hole).sum(1), blind=True)
 
 
 def first_hitting() -> Method:
-    """One at a time: with remasking "random" and temperature 1 an exact sample (arXiv:2409.02908)."""
+    """One at a time: with remasking "random", temperature 1 and one window an exact sample (arXiv:2409.02908)."""
     return Method(lambda _, now: torch.ones_like(now.holes()), blind=True)
 
 
