@@ -67,3 +67,11 @@ def test_nothing_is_unpickled_and_no_text_is_run_as_code(path):
                 assert (f.value.id, f.attr) != ("torch", "load"), f"{name(path)}:{node.lineno} calls torch.load"
             for keyword in node.keywords:
                 assert keyword.arg not in ("trust_remote_code", "allow_pickle"), f"{name(path)}:{node.lineno}"
+
+
+def test_the_readme_counts_the_lines_of_the_five_files():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[`(\w+\.py)`\]\(minillada/\1\) \| (\d+) \|", readme, re.MULTILINE)
+    counts = {n: len((ROOT / "minillada" / n).read_text(encoding="utf-8").splitlines()) for n, _ in rows}
+    assert len(rows) == 5 and counts == {n: int(count) for n, count in rows}
+    assert f"{sum(counts.values()):,} lines in one sitting" in readme
