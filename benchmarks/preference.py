@@ -151,9 +151,9 @@ def learn(args: Namespace) -> None:
     pre = learned(out, "pretrained", {"tokenizer": "bytes", "steps": steps(2000)})
     tuned = {"objective": "sft", "batch_size": 128}
     sft = learned(out, "sft", {**tuned, "start": str(pre), "data": str(out / "addition" / "train.jsonl"),
-                               "steps": steps(8000)})  # fmt: skip
+                               "steps": steps(3000)})  # fmt: skip
     both = learned(out, "styles", {**tuned, "start": str(sft), "data": write_lines(out / "styles.jsonl", styles),
-                                   "steps": steps(2000), "lr": 0.002})  # fmt: skip
+                                   "steps": steps(1000), "lr": 0.002})  # fmt: skip
     results = {"sft": measure(sft, task.test, 0.0, "{}")}
     results["styles"] = {f"temperature {t:g}": measure(both, task.test, t) for t in (0.0, 1.0)}
     tuned = {"objective": "prefer", "start": str(both), "data": write_lines(out / "pairs.jsonl", pairs)}
