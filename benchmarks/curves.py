@@ -136,7 +136,7 @@ def main() -> None:
     for name, (config, stratified) in runs.items():
         results[name] = results.get(name) or measure(name, config, stratified)
         target = min((r["bound"] for n, r in results.items() if n.startswith("plain")), default=None)
-        write(results, args.out, corpus=args.corpus, target=target)
+        write(results, args.out, corpus=Path(args.corpus).name, target=target)
         draw(results, args.out.with_suffix(".png"), target)
     for name, result in results.items():
         if name.startswith("default") and target is not None:

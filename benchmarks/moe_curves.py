@@ -61,7 +61,7 @@ def main() -> None:
             changes["balance"] = 0.0
         config = TrainConfig(**common, **changes)
         results[name] = results.get(name) or measure(name, config)
-        write(results, file, corpus=args.corpus, minutes=args.minutes)
+        write(results, file, corpus=Path(args.corpus).name, minutes=args.minutes)
         draw(results, config.batch_size * config.length, file.with_suffix(".png"))
 
 
