@@ -1,0 +1,93 @@
+"""What the notebooks share: whether to be quick, trained models to look at, and the look of the pictures.
+
+    from course import SHORT, run
+    model, tokenizer = minillada.load(run("docs"))
+
+`python notebooks/course.py` trains every model of the course, a few minutes each: that is `make course-runs`.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import matplotlib
+
+from minillada import TrainConfig, TrainStep, cli, train
+from minillada.data import cache_dir
+from minillada.errors import check_one_of
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = bool(os.environ.get("MINILLADA_SHORT"))  # in tests: everything in seconds, and the claims with more slack
+RUNS = Path(os.environ.get("MINILLADA_COURSE") or ROOT / "runs" / "course")
+sys.path.append(str(ROOT / "benchmarks"))  # the notebooks import from there too: `from experts import shares`
+
+# The models of the course: name -> fields of TrainConfig.
+TABLE: dict[str, dict] = {
+    "docs": {},  # the default recipe
+    "tales": {"data": "tales"},
+    "experts": {"preset": "tiny-moe", "steps": 1000},
+    "experts-unbalanced": {"preset": "tiny-moe", "steps": 1000, "balance": 0.0},
+}
+# What benchmarks train and measure, for an hour: the file that is there when all is done -> the command.
+MADE: dict[str, list[str]] = {
+    "facts-twin.json": ["versus.py", "reversal", "--out", str(RUNS), "--json", str(RUNS / "versus.json")],
+    "sudoku-twin.json": ["versus.py", "sudoku", "--out", str(RUNS), "--json", str(RUNS / "versus.json")],
+    "assistant/results.json": ["preference.py", "learn", "--out", str(RUNS / "assistant")],
+}
+# What stands in for one that is not trained yet.
+BRIEF = {"steps": 60, "eval_every": 60, "tokenizer": "bpe:512", "precision": "float32"}
+
+matplotlib.rcParams |= {"figure.figsize": (6, 3.2), "figure.dpi": 110, "figure.constrained_layout.use": True}
+matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+matplotlib.rcParams |= {"axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.92", "axes.axisbelow": True}
+
+
+def run(name: str) -> Path:
+    """The run directory of a trained model: runs/course/NAME if it is there, else one trained for seconds, and kept.
+
+    Raises BadInput for a name that is neither there nor in the table.
+    """
+    if (RUNS / name).is_dir():
+        return RUNS / name
+    check_one_of("run", name, TABLE)
+    config = TrainConfig(**TABLE[name] | BRIEF)
+    steps = f"{config.steps} steps in place of {TrainConfig(**TABLE[name]).steps:,}"
+    print(f"no runs/course/{name}: a short version, {steps}; `make course-runs` makes the real one")
+    where = cache_dir() / "course" / f"{name}-{sha256(repr(config).encode()).hexdigest()[:8]}"
+    if not where.is_dir():
+        list(make(config, where))
+    return where
+
+
+def make(config: TrainConfig, where: Path) -> Iterator[TrainStep]:
+    """Train into the directory `where`, which is there as a whole when the last step is done, or not at all."""
+    where.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=where.parent, prefix=".") as draft:
+        yield from train(replace(config, out=f"{draft}/run"))
+        os.replace(Path(draft) / "run", where)
+
+
+def main() -> None:
+    """Train what is not there yet, and show how it goes."""
+    for name, fields in TABLE.items():
+        if (RUNS / name).is_dir():
+            print(f"{name}: is there")
+            continue
+        for step in make(TrainConfig(**fields), RUNS / name):
+            if step.bound is not None:
+                done = f"step {step.step:,} of {step.config.steps:,}"
+                print(f"{name}: {done}, {step.config.units(step.bound)}", flush=True)
+    for last, (script, *options) in MADE.items():
+        if (RUNS / last).is_file():
+            print(f"{last}: is there")
+        else:
+            subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), *options], check=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)
