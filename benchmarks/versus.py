@@ -371,7 +371,7 @@ def measure_tales(args: Namespace) -> None:
     tokenizer = Tokenizer.bpe((f"{e.text}\n" for e in told(1, 3000)), 1024)
     config = config_of(args, "bpe:1024", PRESETS["tiny"]["model"], 144, 8, 4.0)
     task = Task("tales", told(1, args.examples or 30_000), told(2, args.questions), TASKS["tales"].check)
-    models = learn_both(args, "tales", task, tokenizer, config, given=False)
+    models = learn_both(args, "grammar", task, tokenizer, config, given=False)
     pairs, length = pairs_of(task.test, tokenizer, given=False), expected_length(TALE) + 1
     entropy, found = entropy_per_character() * length, {}
     print(f"exact entropy: {entropy:.3f} nats a tale, {entropy / length:.5f} per character\n")
