@@ -157,7 +157,7 @@ def learn(args: Namespace) -> None:
     results = {"sft": measure(sft, task.test, 0.0, "{}")}
     results["styles"] = {f"temperature {t:g}": measure(both, task.test, t) for t in (0.0, 1.0)}
     tuned = {"objective": "prefer", "start": str(both), "data": write_lines(out / "pairs.jsonl", pairs)}
-    tuned |= {"steps": steps(200), "lr": args.lr}
+    tuned |= {"steps": steps(100), "lr": args.lr}
     for method, changes in METHODS.items():
         for seed in range(args.seeds):
             name = f"{method} {seed}".replace(" ", "-")
@@ -177,7 +177,7 @@ def main() -> None:
     p.add_argument("--share", type=float, default=1.0, help="learn: of the steps, to try it out (default: 1)")
     p.add_argument("--questions", type=int, default=500, help="learn: of the test (default: 500)")
     p.add_argument("--seeds", type=int, default=3, help="learn: of each method (default: 3)")
-    p.add_argument("--lr", type=float, default=0.001, help="learn: the matrices' rate in VRPO and DPO (default: 0.001)")
+    p.add_argument("--lr", type=float, default=0.0003, help="learn: of the matrices, in VRPO and DPO (default: 0.0003)")
     args = p.parse_args()
     check_one_of("what", args.what, ("variance", "learn"))
     {"variance": variance, "learn": learn}[args.what](args)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import matplotlib
 
@@ -22,6 +23,7 @@ from minillada.data import cache_dir
 from minillada.errors import check_one_of
 
 ROOT = Path(__file__).resolve().parents[1]
+Step = TypeVar("Step")
 SHORT = bool(os.environ.get("MINILLADA_SHORT"))  # in tests: everything in seconds, and the claims with more slack
 RUNS = Path(os.environ.get("MINILLADA_COURSE") or ROOT / "runs" / "course")
 sys.path.append(str(ROOT / "benchmarks"))  # the notebooks import from there too: `from experts import shares`
@@ -62,6 +64,23 @@ def run(name: str) -> Path:
     if not where.is_dir():
         list(make(config, where))
     return where
+
+
+def is_real(path: Path) -> bool:
+    """Whether that is what `make course-runs` made, and not a short version."""
+    return path.is_relative_to(RUNS)
+
+
+def last(steps: Iterator[Step]) -> Step:
+    """Take all steps, and keep the last one."""
+    (*_, step) = steps
+    return step
+
+
+def triples(text: str) -> list[tuple[str, ...]]:
+    """Three neighbouring words each: what a text is made of, to see whether another has it too."""
+    words = text.split()
+    return list(zip(words, words[1:], words[2:], strict=False))
 
 
 def make(config: TrainConfig, where: Path) -> Iterator[TrainStep]:
