@@ -372,7 +372,10 @@ def measure_tales(args: Namespace) -> None:
     config = config_of(args, "bpe:1024", PRESETS["tiny"]["model"], 144, 8, 4.0)
     task = Task("tales", told(1, args.examples or 30_000), told(2, args.questions), TASKS["tales"].check)
     models = learn_both(args, "grammar", task, tokenizer, config, given=False)
-    pairs, length = pairs_of(task.test, tokenizer, given=False), expected_length(TALE) + 1
+    longest = max(len(answer) for _, answer in pairs_of(task.train, tokenizer, given=False))
+    filled = lambda answer: answer + answer[-1:] * (longest - len(answer))  # with line ends, as the rows to learn from
+    pairs = [(prompt, filled(answer)) for prompt, answer in pairs_of(task.test, tokenizer, given=False)]
+    length = expected_length(TALE) + 1
     entropy, found = entropy_per_character() * length, {}
     print(f"exact entropy: {entropy:.3f} nats a tale, {entropy / length:.5f} per character\n")
     print("| | nats a tale | above the entropy | nats per character | share of the entropy |\n|---|---|---|---|---|")

@@ -118,6 +118,7 @@ TOWNS = """Alderbrook Birchwick Cobham Dunmere Eastholt Foxley Greendale Hartwel
 Netherby Oakham Pinewood Queensbury Rosedale Stonegate Thornbury Underhill Westmere Yarrow"""
 ROLES = [f"the {trade} of {town}" for trade, town in product(TRADES.split(), TOWNS.split())]
 MIDDLES = [" is", " is known as", " has long been"]
+ASKED = MIDDLES[-1]  # and not " is", which "known as" may follow
 
 
 @cache
@@ -133,7 +134,7 @@ def world(n: int) -> tuple[list[tuple[str, str]], list[Example]]:
         statements += ways
         for first, last in both:
             kind = "told both ways" if ways == both else "as told" if (first, last) in ways else "reversed"
-            questions.append(Example(f"{first} is", f" {last}.", kind=kind))
+            questions.append(Example(first + ASKED, f" {last}.", kind=kind))
         if ways != both:
             first, last = ways[0]
             questions.append(Example("", first, f" is {last}.", "reversed by filling"))
@@ -141,7 +142,7 @@ def world(n: int) -> tuple[list[tuple[str, str]], list[Example]]:
 
 
 def facts(rng: random.Random, test: bool, n: int) -> Iterator[Example]:
-    """`Ada Barlow is` -> ` the miller of Cobham.`, for the reversal curse (arXiv:2309.12288); n people.
+    """`Ada Barlow has long been` -> ` the miller of Cobham.`, for the reversal curse (arXiv:2309.12288); n people.
 
     Held out is the direction in which a fact was not told. Kinds of question: `as told`; `reversed`, a phrase known
     from other facts; `reversed by filling`, the gap at the start of the sentence as told; `told both ways`, a control.

@@ -98,6 +98,12 @@ def test_a_fact_told_one_way_is_never_told_the_other_way_and_a_control_is_told_b
     }  # fmt: skip
 
 
+def test_what_a_fact_begins_with_goes_on_in_one_way_alone():
+    task = make_task("facts:60", 6000)
+    for question in (e for e in task.test if e.kind in ("as told", "told both ways")):
+        assert {e.text for e in task.train if e.text.startswith(question.prompt)} == {question.text}
+
+
 def test_a_gap_to_be_filled_stands_in_front_of_a_sentence_as_it_was_told():
     task = make_task("facts:30", 3000, 0, 40)
     told = {e.text for e in task.train}

@@ -424,6 +424,7 @@ def test_a_first_run_prints_what_one_needs_and_sample_shows_masks_resolving(tmp_
     out = tmp_path / "run"
     options = ["--preset", "nano", "--data", "tales", "--steps", "8", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["train_tiny.py", *options])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # else there is no bar
     with pytest.raises(SystemExit) as stopped:
         cli.run(train_tiny.main)
     printed = capsys.readouterr()
