@@ -7,8 +7,8 @@
 The plain recipe: AdamW for everything, float32, and the noise of LLaDA's guidelines (independent t, Bernoulli masks,
 1/p_mask). Model, tokens, batches, warm-up and decay, and the code of a step are the default's: only the recipe differs.
 Time is that of training alone, without evaluations; with `--threads 1` it is the processor's, so that what else runs on
-the machine does not count. Runs that OUT.json holds already are not repeated; it and the
-picture OUT.png are renewed after each run.
+the machine does not count. Runs that OUT.json holds already are not repeated; it and the picture OUT.png are renewed
+after each run.
 """
 
 import argparse
@@ -35,6 +35,11 @@ RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
 PLAIN = {"optimizer": "adamw", "process": "bernoulli", "precision": "float32"}
 
 
+def clock() -> float:
+    """Seconds: the processor's if one thread works, so that what else runs on the machine does not count."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def learn(now: State, stratified: bool = True, evaluations: int = 25) -> Iterator[tuple[float, float, int]]:
     """Train for `minutes`, or for `steps`; yield (seconds of training, nats per character of validation text, step).
 
@@ -42,7 +47,6 @@ def learn(now: State, stratified: bool = True, evaluations: int = 25) -> Iterato
     """
     config, model, rng = now.config, now.model, now.rng
     stream = batches(now.text.train, config.batch_size, config.length, config.seed)
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds, step, shown, progress = 0.0, 0, 0, 0.0
     while progress < 1:
         start = clock()

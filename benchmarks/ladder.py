@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from curves import clock
 from sampling import CONFIG, PROMPT, plain
 from torch import nn
 
@@ -88,7 +89,6 @@ def train_sums(directory: Path, minutes: float) -> None:
 def decode(model: LLaDA, prompt: list[int], options: dict, config: SampleConfig, loop: bool) -> tuple[list, float, int]:
     """The new tokens, seconds, and evaluations of the model."""
     canvas = Canvas.continuation([prompt], config.gen_len, model.config)
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     if loop:
         *_, x = plain(model, canvas.x, config)

@@ -15,7 +15,6 @@ has all results, an experiment each, docs/versus_*.png their pictures.
 
 import json
 import math
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from curves import clock
 from likelihood import ESTIMATORS, estimates
 from likelihood import SIZES as SAMPLES
 from torch import Generator, Tensor, nn
@@ -103,7 +103,6 @@ WAYS = {"diffusion": Way(lambda model: model, hide, bound), "twin": Way(Causal, 
 def learn(model: LLaDA, way: Way, rows: Rows, config: TrainConfig, look: Callable[[], float] | None = None) -> dict:
     """Train for the config's minutes, or steps; the record, with the curve [[seconds, step, look()], ...]."""
     optimizers, rng, called = make_optimizers(model, config), Generator().manual_seed(config.seed), way.called(model)
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds, step, tokens, progress, curve = 0.0, 0, 0, 0.0, []
     while progress < 1:
         start = clock()
