@@ -28,6 +28,7 @@ RECIPES: dict[str, dict] = {
     "width 192, vocabulary 2048, batch 16": {**W192, "tokenizer": "bpe:2048", "batch_size": 16},
     "width 192, adamw": {**W192, "optimizer": "adamw", "lr": 0.003},
     "adamw": {"optimizer": "adamw", "lr": 0.006},
+    "adamw at 0.001": {"optimizer": "adamw", "lr": 0.001, "adam_lr": 0.001},
     "1/t of the guidelines": {"process": "bernoulli"},
     "float32": {"precision": "float32"},
     "characters": {"tokenizer": "characters", "length": 256},

@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-with_terminals = pytest.mark.skipif(
-    sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind"
-)  # as for `pty` itself
+with_terminals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
 
 
 @contextmanager
