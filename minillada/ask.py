@@ -201,7 +201,8 @@ def show(args: argparse.Namespace, talker: Talker, canvas: Canvas, config: Sampl
     if wanted(args):
         trace = Trace.record(seen, talker.tokenizer, start=start, rivals=rivals)
         for form in wanted(args):
-            save(trace, form, getattr(args, form))
+            save(trace, form, path := getattr(args, form))
+            print(f"{form} written to {path}", file=sys.stderr)
     return last.x[0].tolist()
 
 

@@ -42,7 +42,7 @@ def fetch(repository: str, revision: str | None = None, progress: bool = False) 
         got = reason.get(type(e).__name__, "none by that name, here or there")
         raise BadInput(f"{repository!r}: expected a model that the hub gives, got {got}; check the name") from None
     except Exception as e:  # of the library, of the HTTP client below it, of the disk
-        got = " ".join(str(e).split())[:200] or type(e).__name__
+        got = " ".join(str(e).split()).removeprefix("Got: ")[:200] or type(e).__name__
         what = f"{repository!r}: expected a directory here, or the hub or its cache to give it"
         raise BadLuck(f"{what}, got {got}; check the name and the network") from None
     return Path(found)
