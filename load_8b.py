@@ -8,9 +8,9 @@ from argparse import Namespace
 import torch
 from tqdm import tqdm
 
-from minillada.ask import add_questions, answer, expect_tokenizer, make_talker, parse
+from minillada.ask import add_questions, answer, make_talker, parse
 from minillada.chat import ChatTemplate
-from minillada.checkpoint import Report, check, load
+from minillada.checkpoint import Report, check, expect_tokenizer, load
 from minillada.cli import Parser, pick_device, run
 from minillada.errors import BadInput, check_one_of
 from minillada.hub import fetch

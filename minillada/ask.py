@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .canvas import Canvas
 from .chat import ChatTemplate, check_size
+from .checkpoint import expect_tokenizer
 from .cli import add_sampling, complain, sample_config
 from .data import json_lines, plain_text
 from .errors import BadInput, BadLuck, check_number, check_whole
@@ -103,12 +104,6 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def wanted(args: argparse.Namespace) -> list[str]:
     """The forms in which the run is to be written to a file."""
     return [form for form in FORMS if getattr(args, form) is not None]
-
-
-def expect_tokenizer(directory: Path, name: str) -> None:
-    """Raise BadInput if there is none."""
-    if not (directory / "tokenizer.json").is_file():
-        raise BadInput(f"{name}: expected a tokenizer.json, got none; save the model with its tokenizer")
 
 
 def make_talker(

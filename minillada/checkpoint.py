@@ -159,6 +159,12 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     return Tokenizer.load(directory) if os.path.lexists(directory / "tokenizer.json") else None
 
 
+def expect_tokenizer(directory: Path, name: str) -> None:
+    """Raise BadInput if there is none."""
+    if not (directory / "tokenizer.json").is_file():
+        raise BadInput(f"{name}: expected a tokenizer.json, got none; save the model with its tokenizer")
+
+
 def inspect(directory: Path, tokenizer: Tokenizer | None, mask_id: int | None) -> Report:
     """Everything that can be found out without reading a weight or taking memory for one. Raises BadInput, BadLuck."""
     ours = os.path.lexists(directory / files.MANIFEST)

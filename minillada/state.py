@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Generator
 
-from .checkpoint import check, load, load_tokenizer
+from .checkpoint import check, expect_tokenizer, load
 from .data import cache_dir, make_tokenizer, tokenise
 from .distributed import check_same, check_share, gathered, in_turn, load_optimizer, rank, spread, together, unsharded
 from .errors import BadInput, BadLuck
@@ -93,9 +93,8 @@ class State:
             self.base = hashlib.sha256(repr((found.entries, found.hashes)).encode()).hexdigest() if lasting else None
             if saved and saved["base"] != self.base:
                 raise BadInput(f"from: expected what this run began with, got another in {config.start}; restore it")
-            if (tokenizer := load_tokenizer(found.directory)) is None:
-                raise BadInput(f"from: expected a model with a tokenizer.json, got none in {config.start}; add it")
-            self.tokenizer = Tokenizer(tokenizer.inner, {"mask": found.config.mask_id})
+            expect_tokenizer(found.directory, f"from {config.start}")
+            self.tokenizer = Tokenizer.load(found.directory, {"mask": found.config.mask_id})
             self.taught = Taught(self.tokenizer, teach(found.directory, self.tokenizer))
         lesson = {"sft": SFT, "prefer": VRPO}[config.objective]
         items = in_turn(lambda: read_items(config.data, self.taught.template, found.config, lesson.turns_of))
