@@ -1,11 +1,13 @@
 """Training speed: what `train` does in a step, beside a plain eager float32 step of the same size, in the same run.
 
     python benchmarks/training.py --seconds 120 --out training.json    on an otherwise idle machine
+    python benchmarks/training.py --compile --sizes "tiny, 8 × 128"    and ours compiled, which takes minutes
 
-Both contestants and a large matrix product in each of their dtypes take turns, a few steps each, until the time is up;
+The contestants and a large matrix product in each of their dtypes take turns, a few steps each, until the time is up;
 a figure is the median of its turns. "Share of peak" is the arithmetic of the matrix products that forward and backward
 really do (counted, so what a step saves itself is not credited), over the whole step's time, optimiser included, as a
-share of what the large product reached.
+share of what the large product reached. What compiling takes is measured apart, over so many steps that all shapes of
+batches have come.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minillada.data import Tokens, batches
 from minillada.diffusion import PROCESSES, random_length, sample_t
+from minillada.distributed import spread
 from minillada.model import LLaDA, ModelConfig
 from minillada.optim import add_gradients, choose_precision, make_optimizers
 from minillada.presets import TrainConfig
@@ -37,6 +40,7 @@ SIZES: dict[str, tuple[TrainConfig, int]] = {  # and the size of the vocabulary
     "10.7 M, 16 × 256": (TrainConfig(model=W384, batch_size=16, length=256), 69),
     "10.7 M, 12 × 64": (TrainConfig(model=W384, batch_size=12, length=64), 69),
 }
+WARM = 50  # steps that a compiled model takes before the race: by then it has met every shape
 MATRIX = 1536  # rows and columns of the product that stands for the machine's peak
 
 Step = Callable[[], object]
@@ -52,16 +56,17 @@ def ours(config: TrainConfig, vocab_size: int) -> tuple[Step, Step, str, int]:
     model = LLaDA(ModelConfig(vocab_size=vocab_size, mask_id=0, max_len=config.length, **config.model))
     optimizers, stream = make_optimizers(model, config), batches(ids, config.batch_size, config.length, 0)
     precision, _ = choose_precision(model, 0, Tokens(ids, ids, 1.0, 1.0, ""), config)
+    called = spread(model, config)  # compiled, if the config says so
 
     def noised_batch() -> tuple:
         x0 = random_length(next(stream), rng)
         return x0, PROCESSES[config.process](x0, 0, sample_t(len(x0), rng), rng)
 
     def step() -> None:
-        update(model, optimizers, *noised_batch(), config, precision)
+        update(called, optimizers, *noised_batch(), config, precision)
 
     def passes() -> None:
-        add_gradients(model, *noised_batch(), config, precision)
+        add_gradients(called, *noised_batch(), config, precision)
         model.zero_grad()
 
     return step, passes, precision, model.n_parameters()
@@ -172,12 +177,19 @@ def race(steps: dict[str, Step], seconds: float, turn: float = 0.5) -> dict[str,
     return {name: median(found) for name, found in times.items()}
 
 
-def measure(size: str, optimizer: str, seconds: float) -> dict:
+def measure(size: str, seconds: float, changes: dict, compile: bool) -> dict[str, dict]:
     config, vocab_size = SIZES[size]
-    config = replace(config, optimizer=optimizer)
+    config = replace(config, **changes)
     torch.manual_seed(0)
-    contestants = {"ours": ours(config, vocab_size), "plain": plain(config, vocab_size)}
+    contestants = {"plain": plain(config, vocab_size), "ours": ours(config, vocab_size)}
     flops = {name: arithmetic(passes) for name, (_, passes, _, _) in contestants.items()}
+    if compile:
+        contestants["compiled"] = ours(replace(config, compile=True), vocab_size)
+        flops["compiled"] = flops["ours"]
+        start = time.perf_counter()
+        for _ in range(WARM):
+            contestants["compiled"][0]()
+        compiling = time.perf_counter() - start
     steps = {name: step for name, (step, *_) in contestants.items()}
     steps |= {f"{name}, passes": passes for name, (_, passes, *_) in contestants.items()}
     steps |= {precision: product(precision) for _, _, precision, _ in contestants.values()}
@@ -194,9 +206,12 @@ def measure(size: str, optimizer: str, seconds: float) -> dict:
             "peak_gflops": peak / 1e9,
             "share_of_peak": flops[name] / taken[name] / peak,
             "optimizer_share": 1 - taken[f"{name}, passes"] / taken[name],
+            "speedup": taken["plain"] / taken[name],
+            "speedup_of_passes": taken["plain, passes"] / taken[f"{name}, passes"],
         }
-    passes = taken["plain, passes"] / taken["ours, passes"]
-    return found | {"speedup": taken["plain"] / taken["ours"], "speedup_of_passes": passes}
+    if compile:
+        found["compiled"]["seconds_of_compiling"] = compiling - WARM * taken["compiled"]
+    return found
 
 
 def main() -> None:
@@ -204,25 +219,28 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0, help="of measuring, all sizes together")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES), metavar="SIZE")
     parser.add_argument("--optimizer", default="muon", choices=("muon", "adamw"), help="of ours (default: muon)")
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="of ours")
+    parser.add_argument("--compile", action="store_true", help="let ours take part compiled too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="write the figures as JSON too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     about = {"python": platform.python_version(), "torch": torch.__version__, "threads": args.threads}
-    about |= {"optimizer": args.optimizer}
+    changes = {"optimizer": args.optimizer, "precision": args.precision}
     results = {}
     print("| Size | Step | Precision | ms | of it optimiser | Tokens/s | Peak, GFLOP/s | Share of peak | × plain |")
     print("|---|---|---|---|---|---|---|---|---|")
     for size in args.sizes:
-        found = results[size] = measure(size, args.optimizer, args.seconds / len(args.sizes))
-        for name in ("plain", "ours"):
-            r = found[name]
-            times = f"{found['speedup']:.2f} ({found['speedup_of_passes']:.2f} without optimisers)"
+        found = results[size] = measure(size, args.seconds / len(args.sizes), changes, args.compile)
+        for name, r in found.items():
+            times = f"{r['speedup']:.2f} ({r['speedup_of_passes']:.2f} without optimisers)"
             print(f"| {size} | {name} | {r['precision']} | {r['milliseconds']:.1f} | {r['optimizer_share']:.0%} | "
                   f"{r['tokens_per_second']:,.0f} | {r['peak_gflops']:,.0f} | {r['share_of_peak']:.0%} | "
-                  f"{times if name == 'ours' else 1} |", flush=True)  # fmt: skip
+                  f"{1 if name == 'plain' else times} |", flush=True)  # fmt: skip
+        if args.compile:
+            print(f"compiling took {found['compiled']['seconds_of_compiling']:.0f} s")
         if args.out:
-            args.out.write_text(json.dumps(about | {"sizes": results}, indent=1) + "\n")
+            args.out.write_text(json.dumps(about | changes | {"sizes": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ except ImportError:  # Windows
 CHUNK = 1 << 18  # bytes of a file, and so at most characters, that are read at a time
 GROUP = 1 << 21  # characters that are encoded together, by all processors, and then safe on the disk
 MERGES_FROM = 1 << 26  # characters that merges are learned from at most: more would hardly change them
+BAR = {"unit": " characters", "unit_scale": True, "delay": 1, "leave": False, "disable": None}  # on terminals only
 MAX_LINE = 1 << 26  # bytes of one JSONL line: it must be parsed whole
 TEXT_SUFFIXES = (".txt", ".md")  # the files that a directory is searched for
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -206,11 +207,13 @@ def make_tokenizer(kind: str, source: Source, field: str = "text") -> Tokenizer:
 def training_text(source: Source, field: str = "text") -> Iterator[str]:
     """`read_text` without the last tenth of its characters, and of a large text no more than the first 67 million."""
     left = min(training_part(sum(map(len, read_text(source, field)))), MERGES_FROM)
-    for chunk in read_text(source, field):
-        yield chunk[:left]
-        left -= len(chunk)
-        if left <= 0:
-            return
+    with tqdm(desc="reading to learn merges", total=left, **BAR) as bar:
+        for chunk in read_text(source, field):
+            yield chunk[:left]
+            bar.update(min(left, len(chunk)))
+            left -= len(chunk)
+            if left <= 0:
+                return
 
 
 # ---- ids on disk
@@ -360,8 +363,7 @@ def write_groups(
         for part, file in files.items():
             file.truncate(counts[part]["tokens"] * dtype.itemsize)
         done = sum(counts[part]["characters"] for part in PARTS)
-        shown = {"unit_scale": True, "delay": 1, "leave": False, "disable": None}  # None: only on a terminal
-        bar = stack.enter_context(tqdm(desc="tokenising", total=characters, initial=done, unit=" characters", **shown))
+        bar = stack.enter_context(tqdm(desc="tokenising", total=characters, initial=done, **BAR))
         for group in groups(stream):
             rows = iter(tokenizer.encode_batch([text for _, text in group if text]))
             for part, text in group:
