@@ -16,7 +16,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 
 from minillada.data import batches
 from minillada.diffusion import PROCESSES, random_length, sample_t
+from minillada.model import LLaDA
 from minillada.optim import set_rate
 from minillada.presets import TrainConfig
 from minillada.state import State
@@ -62,10 +63,17 @@ def learn(now: State, stratified: bool = True, evaluations: int = 25) -> Iterato
             yield seconds, validate(model, now.text, config, now.precision)[0], step
 
 
-def measure(name: str, config: TrainConfig, stratified: bool = True) -> dict:
-    """One run: its last and its best bound, its size and speed, and the curve [[seconds, bound, step], ...]."""
+def measure(
+    name: str, config: TrainConfig, stratified: bool = True, begin: Callable[[LLaDA], None] | None = None
+) -> dict:
+    """One run: its last and its best bound, its size and speed, and the curve [[seconds, bound, step], ...].
+
+    begin: what to do to the model before it learns.
+    """
     with ExitStack() as stack:
         now = State(stack, config, None, {})
+        if begin:
+            begin(now.model)
         curve = [[round(seconds, 2), round(bound, 4), step] for seconds, bound, step in learn(now, stratified)]
     seconds, bound, step = curve[-1]
     speed = round(step * config.batch_size * config.length / seconds)

@@ -2,16 +2,20 @@
 
     python benchmarks/recipes.py --minutes 3            all of them: about 4 minutes each, on an otherwise idle machine
     python benchmarks/recipes.py --only default adamw   some of them
+    python benchmarks/recipes.py --details --minutes 1 --threads 1      what is smaller: twenty minutes of a processor
 
-Writes docs/recipes.json and docs/recipes.png. The bound is in nats per character of the validation text, whatever the
-tokens are.
+Writes docs/recipes.json and docs/recipes.png, or docs/details.json. The bound is in nats per character of the
+validation text, whatever the tokens are. With one thread, time is the processor's.
 """
 
 import argparse
 from pathlib import Path
 
+import torch
 from curves import draw, measure, read, write
+from torch import nn
 
+from minillada.model import LLaDA
 from minillada.presets import PRESETS, TrainConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -35,18 +39,51 @@ RECIPES: dict[str, dict] = {
 }
 
 
+def plainly(model: LLaDA) -> None:
+    """Begin with the same deviation everywhere, as GPT-2 does."""
+    rng = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=0.02, generator=rng)
+
+
+DETAILS: dict[str, dict] = {  # the same; `stratified` and `begin` are of curves.measure
+    "default": {},
+    "another seed": {"seed": 1},
+    "head tied to the embedding": {"model": {**TINY, "tie_head": True}},
+    "initial deviation 0.02 everywhere": {"begin": plainly},
+    "rotary base 10,000": {"model": {**TINY, "rope_theta": 10_000.0}},
+    "4 × 128 tokens a step": {"batch_size": 4},
+    "16 × 128 tokens a step": {"batch_size": 16},
+    "16 × 64 tokens a step": {"batch_size": 16, "length": 64},
+    "4 × 256 tokens a step": {"batch_size": 4, "length": 256},
+    "no warm-up": {"warmup": 0.0},
+    "the rate falls from the start": {"decay": 1.0},
+    "the rate falls in the last tenth": {"decay": 0.1},
+    "no clipping": {"clip": 1e6},
+    "no weight decay": {"weight_decay": 0.0},
+    "independent masking levels": {"stratified": False},
+    "Bernoulli masks, weight 1/t": {"process": "bernoulli"},
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=3.0)
-    parser.add_argument("--only", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--only", nargs="+", choices=[*RECIPES, *DETAILS], metavar="RECIPE")
+    parser.add_argument("--details", action="store_true", help="what makes less of a difference")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    file = DOCS / "recipes.json"
-    results = read(file)
-    for name in args.only:
-        config = TrainConfig(**{"precision": "bfloat16", **RECIPES[name]}, minutes=args.minutes)
-        results[name] = measure(name, config) | {"changes": RECIPES[name]}
+    torch.set_num_threads(args.threads)
+    recipes, file = (DETAILS, DOCS / "details.json") if args.details else (RECIPES, DOCS / "recipes.json")
+    for name in args.only or recipes:
+        changes = dict(recipes[name])
+        how = {key: changes.pop(key) for key in ("stratified", "begin") if key in changes}
+        config = TrainConfig(**{"precision": "bfloat16", **changes}, minutes=args.minutes)
+        results = read(file) | {name: measure(name, config, **how) | {"changes": changes}}
         write(results, file, minutes=args.minutes)
-        draw(results, DOCS / "recipes.png")
+        if not args.details:
+            draw(results, DOCS / "recipes.png")
 
 
 if __name__ == "__main__":
