@@ -271,14 +271,15 @@ def measure_scaling(args: Namespace) -> None:
                 found = learn_text(args, text, way, curve=False, minutes=m, model={**text.config.model, **size})
                 flops = 6 * found["in_blocks"] * found["tokens"]
                 runs.append({"width": size["d_model"], "minutes": m, "flops": flops, **found})
-    laws, more = {}, None
+    laws, least = {}, None
     if len(minutes) > 1:
         best = {way: [min((r for r in runs if (r["way"], r["minutes"]) == (way, m)), key=lambda r: r["bits"])
                       for m in minutes] for way in WAYS}  # fmt: skip
         laws = {way: power_law([(r["flops"], r["bits"]) for r in best[way]]) for way in WAYS}
-        last, (a, b) = best["diffusion"][-1], laws["twin"]
-        more = last["flops"] / (last["bits"] / a) ** (1 / b)
-    keep(args, "scaling", {"corpus": Path(args.corpus).stem, "laws": laws, "more_compute": more, "runs": runs})
+        last = best["diffusion"][-1]
+        as_good = [r["flops"] for r in runs if r["way"] == "twin" and r["bits"] <= last["bits"]]
+        least = last["flops"] / min(as_good) if as_good else None  # no line is drawn beyond what was measured
+    keep(args, "scaling", {"corpus": Path(args.corpus).stem, "laws": laws, "least_factor": least, "runs": runs})
     print("\n| objective | width | minutes | tokens | FLOPs | bits per character |\n|---|---|---|---|---|---|")
     with picture(args, "scaling", "floating-point operations of training, 6 N D", "bits per character") as axes:
         for r in runs:
@@ -295,8 +296,8 @@ def measure_scaling(args: Namespace) -> None:
                 axes.plot(ends, [a * x**b for x in ends], "--", color=COLOURS[way], label=f"{way}: {a:.3g} C^{b:.3f}")
         axes.set(xscale="log", yscale="log")
         axes.yaxis.set_minor_formatter("{x:.1f}")
-    if more:
-        print(f"\ndiffusion's best took {more:.1f} times the compute of the twin's line at the same bits")
+    if least:
+        print(f"\ndiffusion's last best took at least {least:.1f} times the compute of a twin as good")
 
 
 # ---- tasks
