@@ -4,7 +4,7 @@
     python benchmarks/recipes.py --only default adamw   some of them
     python benchmarks/recipes.py --details --minutes 1 --threads 1      what is smaller: twenty minutes of a processor
 
-Writes docs/recipes.json and docs/recipes.png, or docs/details.json. The bound is in nats per character of the
+Writes docs/recipes.json and docs/recipes.png; details are printed only. The bound is in nats per character of the
 validation text, whatever the tokens are. With one thread, time is the processor's.
 """
 
@@ -70,19 +70,22 @@ DETAILS: dict[str, dict] = {  # the same; `stratified` and `begin` are of curves
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=3.0)
-    parser.add_argument("--only", nargs="+", choices=[*RECIPES, *DETAILS], metavar="RECIPE")
+    parser.add_argument("--only", nargs="+", metavar="RECIPE", help=f"of {', '.join(RECIPES)}; of the details: by name")
     parser.add_argument("--details", action="store_true", help="what makes less of a difference")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    recipes, file = (DETAILS, DOCS / "details.json") if args.details else (RECIPES, DOCS / "recipes.json")
+    recipes, file = DETAILS if args.details else RECIPES, DOCS / "recipes.json"
+    if strange := set(args.only or ()) - set(recipes):
+        parser.error(f"only: expected {', '.join(recipes)}, got {', '.join(sorted(strange))}")
     for name in args.only or recipes:
         changes = dict(recipes[name])
         how = {key: changes.pop(key) for key in ("stratified", "begin") if key in changes}
         config = TrainConfig(**{"precision": "bfloat16", **changes}, minutes=args.minutes)
-        results = read(file) | {name: measure(name, config, **how) | {"changes": changes}}
-        write(results, file, minutes=args.minutes)
+        found = measure(name, config, **how)
         if not args.details:
+            results = read(file) | {name: found | {"changes": changes}}
+            write(results, file, minutes=args.minutes)
             draw(results, DOCS / "recipes.png")
 
 
