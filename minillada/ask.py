@@ -111,8 +111,6 @@ def make_talker(
 ) -> Talker:
     """name: what the user called the model, which may tell whether it was taught to answer."""
     expect_tokenizer(directory, name)
-    if tokenizer.mask_id != model.config.mask_id:
-        tokenizer = Tokenizer(tokenizer.inner, {"mask": model.config.mask_id})
     template = ChatTemplate.load(directory, tokenizer)
     instruct = not args.raw and (args.chat or is_instruct(name, template))
     return Talker(model, tokenizer, template, instruct, defaults)

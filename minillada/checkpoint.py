@@ -113,6 +113,8 @@ def load(
             if slot is not read:
                 slot.copy_(read)
             bar.update(read.nbytes)
+    if tokenizer is not None and tokenizer.mask_id != model.config.mask_id:  # whose files did not tell it
+        tokenizer = Tokenizer(tokenizer.inner, {"mask": model.config.mask_id})
     return model, tokenizer
 
 

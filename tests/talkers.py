@@ -1,12 +1,14 @@
-"""The smallest model that one can talk with: a golden checkpoint, and a tokenizer for its ids."""
+"""The smallest models that one can talk with: a golden checkpoint with a tokenizer for its ids, and a random one."""
 
 import json
 import shutil
 from pathlib import Path
 
 import tokenizers
-from oracles import GOLDEN
+from oracles import GOLDEN, tiny_model
 from tokenizers import decoders, models, pre_tokenizers
+
+import minillada
 
 SPECIAL = {"[BOS]": 250, "<|start_header_id|>": 251, "<|end_header_id|>": 252, "<|eot_id|>": 253}
 SPECIAL |= {"<|endoftext|>": 254, "<|mdm_mask|>": 255}
@@ -29,6 +31,14 @@ def write_talker(directory: Path) -> Path:
     """A model directory: vocabulary 256, mask 255, eos = pad 254, eot 253, length 128."""
     shutil.copytree(GOLDEN / "llada_dense", directory, dirs_exist_ok=True)
     return write_tokenizer(directory)
+
+
+def write_random(directory: Path) -> Path:
+    """A random model of those characters with a tokenizer of ours, length 48."""
+    tokenizer = minillada.Tokenizer.characters([CHARACTERS])
+    ids = {"mask_id": tokenizer.mask_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    minillada.save(tiny_model(vocab_size=tokenizer.vocab_size, max_len=48, **ids), directory, tokenizer)
+    return directory
 
 
 def write_template(directory: Path, template: object, **more: object) -> Path:

@@ -7,15 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from oracles import tiny_model
-from talkers import write_talker, write_template
+from talkers import write_random, write_talker, write_template
 
 import minillada
 from minillada.errors import BadInput, BadLuck
 from minillada.evaluate import encode_pair, measure_choices, read_choices, score_options
 from minillada.likelihood import confidence_scores, log_likelihoods, perplexity
 from minillada.sampler import SampleConfig, generate
-from minillada.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 CHOICES, SUMS = ROOT / "examples/lm_eval/choices.jsonl", ROOT / "examples/lm_eval/sums.jsonl"
@@ -25,13 +23,7 @@ META = {"round": [{"role": "HUMAN", "begin": "<"}, {"role": "BOT", "begin": ">",
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A random model of the characters that the examples are written in."""
-    tokenizer = Tokenizer.characters(["".join(map(chr, range(32, 127))) + "\n"])
-    ids = {"mask_id": tokenizer.mask_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    model = tiny_model(vocab_size=tokenizer.vocab_size, max_len=48, **ids)
-    path = tmp_path_factory.mktemp("model") / "model"
-    minillada.save(model, path, tokenizer)
-    return path
+    return write_random(tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from ..errors import check_one_of, check_whole
 from ..evaluate import SCORINGS
 from ..likelihood import Pair, Perplexity, confidence_scores, log_likelihoods, perplexity
 from ..sampler import SampleConfig, generate
-from ..tokenizer import Tokenizer
 
 
 class Adapter:
@@ -46,11 +45,9 @@ class Adapter:
         found = check(pretrained)
         expect_tokenizer(found.directory, pretrained)
         self._device = torch.device(pick_device(device or "auto"))
-        self.model, tokenizer = load(found.directory, str(self._device), getattr(torch, dtype) if dtype else None)
+        self.model, self.tokenizer = load(found.directory, str(self._device), getattr(torch, dtype) if dtype else None)
         check_whole("max_length", max_length or 1, 1, self.model.config.max_len)
-        if tokenizer.mask_id != self.model.config.mask_id:
-            tokenizer = Tokenizer(tokenizer.inner, {"mask": self.model.config.mask_id})
-        self.tokenizer, self.directory, self.name = tokenizer, found.directory, pretrained
+        self.directory, self.name = found.directory, pretrained
         self.max_length = max_length or self.model.config.max_len
         self.mc_num, self.cfg, self.scoring = mc_num, cfg, scoring
         self.window, self.stride, self.seed, self.batch_size = window or self.max_length, stride, seed, batch_size
