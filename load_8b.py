@@ -8,15 +8,16 @@ from argparse import Namespace
 import torch
 from tqdm import tqdm
 
-from minillada.ask import add_questions, answer, make_talker, parse
-from minillada.chat import ChatTemplate
-from minillada.checkpoint import Report, check, expect_tokenizer, load
-from minillada.cli import Parser, pick_device, run
+from minillada.commands.ask import add_questions, answer, make_talker, parse
+from minillada.commands.cli import Parser, run
 from minillada.errors import BadInput, check_one_of
-from minillada.hub import fetch
 from minillada.model import LLaDA
-from minillada.quantize import memory, quantize
-from minillada.tokenizer import Tokenizer
+from minillada.text.chat import ChatTemplate
+from minillada.text.tokenizer import Tokenizer
+from minillada.weights.checkpoint import Report, check, expect_tokenizer, load
+from minillada.weights.device import pick_device
+from minillada.weights.hub import fetch
+from minillada.weights.quantize import memory, quantize
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 EXAMPLES = """examples:

@@ -1,8 +1,9 @@
 """Let a trained model write: after a prompt, into the holes of a text, or in a chat."""
 
-from minillada.ask import add_questions, answer, defaults_of, make_talker, parse
-from minillada.checkpoint import check, load
-from minillada.cli import Parser, newest_run, pick_device, run
+from minillada.commands.ask import add_questions, answer, defaults_of, make_talker, parse
+from minillada.commands.cli import Parser, newest_run, run
+from minillada.weights.checkpoint import check, load
+from minillada.weights.device import pick_device
 
 EXAMPLES = """examples:
   python sample.py                                            the newest run writes freely

@@ -6,15 +6,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minillada.cli import Interrupted, Parser, fresh_run, pick_device, run
-from minillada.distributed import agree, processes, rank, together
-from minillada.loggers import LOGGERS, make
-from minillada.plots import loss_curve
-from minillada.presets import PRESETS, TrainConfig
+from minillada.commands.cli import Interrupted, Parser, fresh_run, run
 from minillada.sampler import SampleConfig, generate
-from minillada.sft import add_tuning, tuned
-from minillada.tokenizer import display
-from minillada.train import TrainStep, train
+from minillada.show.plots import loss_curve
+from minillada.text.tokenizer import display
+from minillada.training.config import PRESETS, TrainConfig
+from minillada.training.distributed import agree, processes, rank, together
+from minillada.training.loggers import LOGGERS, make
+from minillada.training.run import TrainStep, train
+from minillada.training.sft import add_tuning, tuned
+from minillada.weights.device import pick_device
 
 EXAMPLES = """examples:
   python train_tiny.py                                     three minutes on Python's own reference text

@@ -23,14 +23,14 @@ from pathlib import Path
 
 import torch
 
-from minillada.data import batches
 from minillada.diffusion import PROCESSES, random_length, sample_t
 from minillada.model import LLaDA
-from minillada.optim import set_rate
-from minillada.presets import TrainConfig
-from minillada.state import State
-from minillada.train import update
-from minillada.validation import validate
+from minillada.text.data import batches
+from minillada.training.config import TrainConfig
+from minillada.training.optim import set_rate
+from minillada.training.run import update
+from minillada.training.state import State
+from minillada.training.validation import validate
 
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
 PLAIN = {"optimizer": "adamw", "process": "bernoulli", "precision": "float32"}

@@ -17,9 +17,9 @@ import torch
 from curves import learn
 
 from minillada.model import LLaDA
-from minillada.presets import TrainConfig
-from minillada.state import State
-from minillada.validation import validate
+from minillada.training.config import TrainConfig
+from minillada.training.state import State
+from minillada.training.validation import validate
 
 
 def averages(now: State, decays: list[float]) -> list[LLaDA]:

@@ -29,11 +29,11 @@ from torch import nn
 
 import minillada
 from minillada import Canvas, LLaDA, ModelConfig, SampleConfig, Tokenizer, TrainConfig, log_likelihoods, stream
-from minillada.data import read_text, training_part
 from minillada.diffusion import exact_count, model_bound, sample_t
-from minillada.optim import make_optimizers, set_rate
-from minillada.presets import PRESETS
-from minillada.tasks import make_task
+from minillada.text.data import read_text, training_part
+from minillada.text.tasks import make_task
+from minillada.training.config import PRESETS
+from minillada.training.optim import make_optimizers, set_rate
 
 DOCS = Path(__file__).parents[1] / "docs"
 RUNGS: dict[str, dict] = {

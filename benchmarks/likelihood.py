@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from minillada.checkpoint import load
-from minillada.cli import Parser, run
-from minillada.data import plain_text
+from minillada.commands.cli import Parser, run
 from minillada.diffusion import Noised, bernoulli, exact_count, model_bound, sample_t
 from minillada.errors import BadInput
-from minillada.likelihood import exact_bound
+from minillada.measure.likelihood import exact_bound
 from minillada.model import LLaDA
+from minillada.text.data import plain_text
+from minillada.weights.checkpoint import load
 
 GOLDEN = Path(__file__).parents[1] / "tests/golden/llada_dense"
 SIZES = (8, 32, 128)

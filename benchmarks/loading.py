@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from minillada import checkpoint, files
+from minillada import files
 from minillada.model import LLaDA, ModelConfig
 from minillada.sampler import SampleConfig, generate
-from minillada.schemes import SCHEMES, SIDE, write_config
+from minillada.weights import checkpoint
+from minillada.weights.schemes import SCHEMES, SIDE, write_config
 
 MODELS = {
     "llada-8b": dict(

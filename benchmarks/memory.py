@@ -20,8 +20,8 @@ import torch
 from minillada import TrainConfig
 from minillada.diffusion import exact_count, sample_t
 from minillada.model import LLaDA, ModelConfig
-from minillada.optim import make_optimizers, recompute, snapshot
-from minillada.train import update
+from minillada.training.optim import make_optimizers, recompute, snapshot
+from minillada.training.run import update
 
 VOCABULARY = 2048
 

@@ -21,9 +21,9 @@ from torch import Generator, Tensor
 
 from minillada.diffusion import exact_count, sample_t
 from minillada.model import LLaDA, ModelConfig, MoE
-from minillada.optim import make_optimizers
-from minillada.presets import PRESETS, TrainConfig
-from minillada.train import update
+from minillada.training.config import PRESETS, TrainConfig
+from minillada.training.optim import make_optimizers
+from minillada.training.run import update
 
 SIZES = {"8 experts, top 2": (8, 2), "64 experts, top 8": (64, 8)}
 
@@ -68,7 +68,7 @@ def layer(size: str, dtype: torch.dtype, seconds: float) -> dict[str, float]:
     sizes = {"d_model": 384, "n_expert": n_expert, "n_expert_active": active, "d_expert": 128}
     model = LLaDA(ModelConfig(vocab_size=2, mask_id=0, n_layer=1, **sizes)).to(dtype)
     model.init_weights(Generator().manual_seed(0))
-    moe = model.blocks[0].ffn
+    moe = model.layers[0].ffn
     rng = Generator().manual_seed(1)
     x, gradient = (torch.randn(2048, 384, generator=rng).to(dtype) for _ in range(2))
     x.requires_grad_()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from curves import measure, read, write
 
-from minillada.presets import TrainConfig
+from minillada.training.config import TrainConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 STYLES = {"tiny": ("black", "-"), "tiny-moe": ("tab:red", "-"), "tiny-moe, tokens of tiny": ("tab:red", "--"),

@@ -18,17 +18,17 @@ from statistics import fmean
 import torch
 from torch import Generator, Tensor, nn
 
-from minillada.checkpoint import load
-from minillada.cli import Parser, run
+from minillada.commands.cli import Parser, run
 from minillada.errors import check_one_of
 from minillada.files import write_json
-from minillada.preference import bounds, draw, scores
-from minillada.presets import TrainConfig
 from minillada.sampler import SampleConfig, generate
-from minillada.sft import PADDING, Item, hide_padding, stack
-from minillada.tasks import Example, make_task, write_task
-from minillada.tokenizer import Tokenizer
-from minillada.train import train
+from minillada.text.tasks import Example, make_task, write_task
+from minillada.text.tokenizer import Tokenizer
+from minillada.training.config import TrainConfig
+from minillada.training.run import train
+from minillada.training.sft import PADDING, Item, hide_padding, stack
+from minillada.training.vrpo import bounds, draw, scores
+from minillada.weights.checkpoint import load
 
 # How many levels, masks at each, and whether model and reference share them -> the paper's variance (arXiv:2505.19223)
 ESTIMATES: dict[str, tuple[dict, str]] = {

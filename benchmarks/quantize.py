@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from minillada import load, log_likelihoods
-from minillada.data import cache_dir, tokenise, validation_batch
-from minillada.quantize import memory, quantize
+from minillada.text.data import cache_dir, tokenise, validation_batch
+from minillada.weights.quantize import memory, quantize
 
 
 def main(run: str) -> None:

@@ -16,7 +16,7 @@ from curves import draw, measure, read, write
 from torch import nn
 
 from minillada.model import LLaDA
-from minillada.presets import PRESETS, TrainConfig
+from minillada.training.config import PRESETS, TrainConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 TINY = PRESETS["tiny"]["model"]

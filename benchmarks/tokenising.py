@@ -27,8 +27,8 @@ from pathlib import Path
 from loading import peak_memory
 
 from minillada import TrainConfig, train
-from minillada.data import cache_dir, make_tokenizer, tokenise
-from minillada.tokenizer import Tokenizer
+from minillada.text.data import cache_dir, make_tokenizer, tokenise
+from minillada.text.tokenizer import Tokenizer
 
 SUFFIXES = (".py", ".txt", ".rst", ".md")
 TRAINING = {"steps": 20, "eval_every": 10}

@@ -9,9 +9,9 @@ import time
 import torch
 
 import minillada
-from minillada.page import to_html
 from minillada.sampler import Step
-from minillada.trace import Trace, overhear
+from minillada.show.page import to_html
+from minillada.show.trace import Trace, overhear
 
 LENGTH = 128
 WAYS = {

@@ -26,13 +26,13 @@ from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minillada.data import Tokens, batches
 from minillada.diffusion import PROCESSES, random_length, sample_t
-from minillada.distributed import spread
 from minillada.model import LLaDA, ModelConfig
-from minillada.optim import add_gradients, choose_precision, make_optimizers
-from minillada.presets import TrainConfig
-from minillada.train import update
+from minillada.text.data import Tokens, batches
+from minillada.training.config import TrainConfig
+from minillada.training.distributed import spread
+from minillada.training.optim import add_gradients, choose_precision, make_optimizers
+from minillada.training.run import update
 
 W384 = {"n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1024, "rope_theta": 100.0}
 SIZES: dict[str, tuple[TrainConfig, int]] = {  # and the size of the vocabulary

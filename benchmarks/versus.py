@@ -29,26 +29,26 @@ from likelihood import ESTIMATORS, estimates
 from likelihood import SIZES as SAMPLES
 from torch import Generator, Tensor, nn
 
-from minillada.ask import Talker
-from minillada.checkpoint import load, save
-from minillada.cli import Parser, run
-from minillada.data import Tokens, batches, cache_dir, make_tokenizer, tokenise
+from minillada.commands.ask import Talker
+from minillada.commands.cli import Parser, run
 from minillada.diffusion import Noised, exact_count, random_length, sample_t
 from minillada.errors import BadInput, check_number, check_one_of, check_whole
-from minillada.evaluate import answer_length, mean_of, measure_task
 from minillada.files import write_json
-from minillada.likelihood import Pair, exact_bound, log_likelihoods, strides
+from minillada.measure.evaluate import answer_length, mean_of, measure_task
+from minillada.measure.likelihood import Pair, exact_bound, log_likelihoods, strides
+from minillada.measure.twin import causal, twin_generate, twin_log_likelihoods
 from minillada.model import LLaDA
-from minillada.optim import choose_precision, make_optimizers, set_rate
-from minillada.presets import PRESETS, TrainConfig
 from minillada.sampler import SampleConfig
-from minillada.sft import stack
-from minillada.state import make_model
-from minillada.tales import TALE, entropy_per_character, expected_length, tales
-from minillada.tasks import TASKS, Example, Task, make_task
-from minillada.tokenizer import Tokenizer
-from minillada.train import update
-from minillada.twin import causal, twin_generate, twin_log_likelihoods
+from minillada.text.data import Tokens, batches, cache_dir, make_tokenizer, tokenise
+from minillada.text.tales import TALE, entropy_per_character, expected_length, tales
+from minillada.text.tasks import TASKS, Example, Task, make_task
+from minillada.text.tokenizer import Tokenizer
+from minillada.training.config import PRESETS, TrainConfig
+from minillada.training.optim import choose_precision, make_optimizers, set_rate
+from minillada.training.run import update
+from minillada.training.sft import stack
+from minillada.training.state import make_model
+from minillada.weights.checkpoint import load, save
 
 LOOKS = 25  # at the held-out text while a model learns
 COLOURS = {"diffusion": "tab:blue", "twin": "tab:red"}
@@ -125,7 +125,7 @@ def learned(
     if not record.exists():
         model = make_model(config, tokenizer, Generator().manual_seed(config.seed))
         found = learn(model, WAYS[way], rows(), config, look and (lambda: look(way, model)))
-        blocks = sum(p.numel() for p in model.blocks.parameters())
+        blocks = sum(p.numel() for p in model.layers.parameters())
         about = {"parameters": model.n_parameters(), "in_blocks": blocks, "threads": torch.get_num_threads()}
         save(model, out / name, tokenizer)
         write_json(record, {"config": asdict(config), **about, **found})

@@ -13,6 +13,7 @@ Shapes: B batch, T sequence, V vocabulary.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,10 @@ def sample_t(n: int, rng: Generator, stratified: bool = True) -> Tensor:
     return 1 - ((torch.arange(n) + u) / n if stratified else u)
 
 
+# t -> (p_mask = 1 - alpha, weight = -alpha' / (1 - alpha)). All schedules have the same bound, with another variance.
+Schedule = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
 def linear(t: Tensor) -> tuple[Tensor, Tensor]:
     """LLaDA's schedule, alpha = 1 - t: (p_mask, weight) = (t, 1/t)."""
     return t, 1 / t
@@ -48,18 +53,14 @@ def cosine(t: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos(), math.pi / 2 * angle.tan()
 
 
-# name -> t -> (p_mask = 1 - alpha, weight = -alpha' / (1 - alpha)). The bound is the same for all, its variance is not.
-SCHEDULES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"linear": linear, "cosine": cosine}
-
-
 def bernoulli(
-    x0: Tensor, mask_id: int, t: Tensor, rng: Generator, maskable: Tensor | None = None, schedule: str = "linear"
+    x0: Tensor, mask_id: int, t: Tensor, rng: Generator, maskable: Tensor | None = None, schedule: Schedule = linear
 ) -> Noised:
     """Each maskable token of x0 (B,T) is masked with probability p_mask(t), t (B,): LLaDA's guidelines.
 
     The level is kept above 1/1000, where the weight explodes: it changes the bound by less than 0.1 %.
     """
-    p_mask, weight = SCHEDULES[schedule](t.clamp(min=1e-3))
+    p_mask, weight = schedule(t.clamp(min=1e-3))
     masked = torch.rand(x0.shape, generator=rng) < p_mask[:, None]
     masked = masked if maskable is None else masked & maskable
     return Noised(x0.masked_fill(masked, mask_id), masked, weight)
@@ -94,13 +95,14 @@ PROCESSES: dict[str, Callable[..., Noised]] = {
     "exact-count": exact_count,
     "bernoulli-mean": bernoulli_mean,
     "bernoulli": bernoulli,
+    "bernoulli-cosine": partial(bernoulli, schedule=cosine),
 }
 
 
 def nll_bound(logits: Tensor, x0: Tensor, noised: Noised) -> Tensor:
     """One-sample estimate (B,) of the upper bound on -log p(x0), in nats per row.
 
-    logits: (B,T,V), or (N,V) for the N masked positions alone in reading order (`model(xt, keep=...)`).
+    logits: (B,T,V), or (N,V) for the N masked positions alone in reading order (`model(xt, where=...)`).
     """
     row, column = noised.masked.nonzero(as_tuple=True)
     logits = logits[row, column] if logits.dim() == 3 else logits
@@ -110,8 +112,8 @@ def nll_bound(logits: Tensor, x0: Tensor, noised: Noised) -> Tensor:
 
 def model_bound(model: nn.Module, x0: Tensor, noised: Noised, attn_mask: Tensor | None = None) -> Tensor:
     """`nll_bound` of a model, which computes logits for the masked positions only."""
-    keep = noised.masked.flatten().nonzero().squeeze(1)
-    return nll_bound(model(noised.xt, attn_mask=attn_mask, keep=keep), x0, noised)
+    where = noised.masked.nonzero(as_tuple=True)
+    return nll_bound(model(noised.xt, attn_mask=attn_mask, where=where), x0, noised)
 
 
 def pretraining_loss(model: nn.Module, x0: Tensor, noised: Noised) -> Tensor:

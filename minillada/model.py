@@ -1,14 +1,17 @@
 """The whole Transformer of the LLaDA family in one file: dense or mixture of experts, tiny or 8B, the same class.
 
-It is a LLaMA-style decoder with one thing taken away: the causal mask. Every position sees every other one, and the
-model predicts, for all positions at once, the clean token behind each [MASK]. It is not told the noise level `t`:
-the number of masks in its input says that already (RADD, arXiv:2406.03736; LLaDA, arXiv:2502.09992, eq. 11).
+It is a LLaMA-style decoder without the causal mask. Every position sees every other position, and the model predicts
+the clean token behind each [MASK], for all positions at once. It gets no noise level `t` as input: the number of masks
+in the input tells it already (RADD, arXiv:2406.03736; LLaDA, arXiv:2502.09992, eq. 11).
+
+Read it from the top down or from the end up: `LLaDA` stacks `Layer`s; a `Layer` is `Attention` and an `MLP` or `MoE`.
 
 Shapes: B batch, T sequence, S keys, H heads, D head width, C model width, F feed-forward width, V vocabulary,
 E experts.
 """
 
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,7 @@ from .errors import TINY, BadInput, check_number, check_one_of, check_whole
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that defines a model. The defaults are LLaDA's; a field left at None is derived from the others."""
+    """Hold every size and switch of a model. The defaults are LLaDA's; a field left at None follows from the others."""
 
     vocab_size: int  # ids that mean something, [MASK] included
     mask_id: int
@@ -66,7 +69,7 @@ class ModelConfig:
         check_config(self)
 
     def to_dict(self) -> dict:
-        """The fields as JSON can hold them; `ModelConfig(**d)` is the way back."""
+        """Return the fields as JSON can hold them; `ModelConfig(**fields)` is the way back."""
         return {**asdict(self), "dense_layers": list(self.dense_layers)}
 
 
@@ -77,7 +80,7 @@ MOE_LIMITS = {"n_expert": 2**13, "d_expert": 2**20, "n_expert_group": 2**13}
 
 
 def check_config(c: ModelConfig) -> None:
-    """Raise BadInput for a configuration that describes no model."""
+    """Raise BadInput, naming the field, if no model can have these sizes."""
     for name, limit in (LIMITS | (MOE_LIMITS if c.n_expert else {})).items():
         check_whole(name, getattr(c, name), 1, limit)
     for name in ("rope_theta", "norm_eps", "router_scale"):
@@ -96,24 +99,24 @@ def check_config(c: ModelConfig) -> None:
         rules += [(name, getattr(c, name) % 8 == 0, "a multiple of 8 with experts") for name in ("d_model", "d_expert")]
     for name, holds, expected in rules:
         if not holds:
-            raise BadInput(f"{name}: expected {expected}, got {getattr(c, name)!r}; mend it")
+            raise BadInput(f"{name}: expected {expected}, got {getattr(c, name)!r}; change one of the two")
     for name in ("mask_id", "eos_id", "pad_id"):
         if getattr(c, name) is not None or name == "mask_id":
             check_whole(name, getattr(c, name), 0, c.embedding_size - 1)
 
 
 class KVCache:
-    """Keys and values of every layer, after the rotation, each in the slot of its absolute position.
+    """Remember the keys and values of every layer, each in the slot of its absolute position, after the rotation.
 
-    The first evaluation must be of the whole sequence; a later one over `positions` overwrites just those slots.
-    In a bidirectional model what is left in the other slots is out of date: an approximation (exact for one layer).
+    The first evaluation must cover the whole sequence. A later one over `positions` overwrites those slots alone, so in
+    a bidirectional model the other slots are out of date: an approximation (exact for a model of one layer).
     """
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B,Hkv,T,D) at positions (T,); return everything held, (B,Hkv,S,D) each."""
+        """Write k and v (B,Hkv,T,D) at positions (T,) of a layer; return all that it holds, (B,Hkv,S,D) each."""
         if layer not in self.layers:
             self.layers[layer] = (k.clone(), v.clone())
         held_k, held_v = self.layers[layer]
@@ -121,24 +124,36 @@ class KVCache:
         return held_k, held_v
 
 
+class Around(NamedTuple):
+    """What every layer of one evaluation gets beside x."""
+
+    rotary: tuple[Tensor, Tensor]  # cosines and sines, (1|B,1,T,rotary_dim/2) each
+    positions: Tensor  # (T,) or (B,T) long
+    attn_mask: Tensor | None  # bool, broadcastable to (B,1,T,S), True = may look
+    cache: KVCache | None
+
+
 def rotary_angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (...,T,dim/2) for positions (...,T): the angles of RoPE (arXiv:2104.09864), no buffers."""
+    """Return cosines and sines (...,T,dim/2) for positions (...,T): the angles of RoPE (arXiv:2104.09864, eq. 15)."""
     frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim)
     angles = positions[..., None].to(dtype) * frequency
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first dims of x (B,H,T,D) pairwise, dim i with dim i + half (the half-split layout of the weights)."""
+    """Turn the first dims of x (B,H,T,D) in pairs, dim i with dim i + half, as the published weights expect.
+
+    With half = 1 and the angle of 90 degrees: [1, 0] -> [0, 1].
+    """
     half = cos.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)  # times float32 they become float32
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """softmax(q k / sqrt(D)) v: (B,H,T,D), (B,Hkv,S,D) twice -> (B,H,T,D), with PyTorch's fused kernel.
+    """Return softmax(q k / sqrt(D)) v, (B,H,T,D), for q (B,H,T,D) and k, v (B,Hkv,S,D), with PyTorch's fused kernel.
 
-    But training in bfloat16 on a CPU the plain three operations are about four times as fast (PyTorch 2.13).
+    Training in bfloat16 on a CPU is the exception: there three plain operations are four times as fast (PyTorch 2.13).
     """
     if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16 and attn_mask is None:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -147,7 +162,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention that looks both ways; with n_kv_head < n_head several queries share a key and value."""
+    """Let every position look at every other one. With n_kv_head < n_head several queries share a key and a value."""
 
     def __init__(self, c: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -162,29 +177,25 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.d_head)).transpose(1, 2)  # (B,T,H*D) -> (B,H,T,D)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        positions: Tensor,
-        attn_mask: Tensor | None,
-        cache: KVCache | None,
-        asking: Tensor | None = None,
-    ) -> Tensor:
-        """x (B,T,C) -> what every position, or only the columns `asking` (Q,), sees: (B,Q,H*D), not yet projected."""
-        k = rotate(self.k_norm(self.heads(self.k(x))), *rotary)  # (B,Hkv,T,D)
-        v = self.heads(self.v(x))
-        if cache is not None:
-            k, v = cache.update(self.layer, positions, k, v)  # (B,Hkv,S,D)
-        if asking is not None:
-            x, rotary = x[:, asking], [angle[..., asking, :] for angle in rotary]
-            attn_mask = attn_mask[..., asking, :] if attn_mask is not None and attn_mask.shape[-2] > 1 else attn_mask
-        q = rotate(self.q_norm(self.heads(self.q(x))), *rotary)  # (B,H,Q,D)
-        return attend(q, k, v, attn_mask).transpose(1, 2).flatten(2)
+    def queries(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        return rotate(self.q_norm(self.heads(self.q(x))), *rotary)  # (B,T,C) -> (B,H,T,D)
+
+    def keys(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        return rotate(self.k_norm(self.heads(self.k(x))), *rotary)  # (B,T,C) -> (B,Hkv,T,D)
+
+    def keys_and_values(self, x: Tensor, around: Around) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of x (B,T,C) or, with a cache, of all positions that it holds: (B,Hkv,S,D)."""
+        k, v = self.keys(x, around.rotary), self.heads(self.v(x))
+        return (k, v) if around.cache is None else around.cache.update(self.layer, around.positions, k, v)
+
+    def forward(self, x: Tensor, around: Around) -> Tensor:
+        """Return what every position of x (B,T,C) sees, (B,T,H*D). `Layer` projects it with `o`."""
+        k, v = self.keys_and_values(x, around)
+        return attend(self.queries(x, around.rotary), k, v, around.attn_mask).transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x) (arXiv:2002.05202)."""
+    """Compute SwiGLU of each position alone: down(silu(gate x) * up x) (arXiv:2002.05202, eq. 6)."""
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
@@ -197,7 +208,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Linear):
-    """How well each expert suits each token: x (N,C) -> logits (N,E), in float32 whatever the rest computes in."""
+    """Score how well each expert suits each token: x (N,C) -> logits (N,E), in float32 whatever the rest is in."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # rounding would send tokens to other experts
@@ -205,7 +216,11 @@ class Router(nn.Linear):
 
 
 class MoE(nn.Module):
-    """K of E small SwiGLUs per token. Experts are stacked, tokens sorted by expert: three matmuls, no loop."""
+    """Send each token through K of E small SwiGLUs. Experts are stacked, tokens sorted by expert: no loop.
+
+    Of four tokens and three experts with K = 1, experts [2, 0, 2, 1] sort the tokens to [1, 3, 0, 2], and expert 0 gets
+    the rows up to 1, expert 1 those up to 2, expert 2 those up to 4.
+    """
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
@@ -219,7 +234,7 @@ class MoE(nn.Module):
         self.shared = MLP(c.d_model, c.d_shared_expert) if c.d_shared_expert else None
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The router's logits (N,E) -> the weights and ids of each token's experts, (N,K) each, in float32.
+        """Turn the router's logits (N,E) into the weights and the ids of each token's experts, (N,K) each, in float32.
 
         LLaDA-MoE takes a softmax over all experts and keeps K of its values as they are. LLaDA2 takes sigmoids, picks
         with a bias and inside the best groups (a group scores the sum of its two best), then makes them sum to one.
@@ -256,11 +271,13 @@ class MoE(nn.Module):
 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows up to ends[e] (and past those before) times weight[e], in x's dtype: (N,in), (E,out,in) -> (N,out)."""
+    """Multiply the rows of x (N,in) from ends[e-1] up to ends[e] with weight[e] of (E,out,in); return (N,out)."""
     return F.grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=ends)
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
+    """Add to the residual stream what other positions say (attention), then what each makes of it (feed-forward)."""
+
     def __init__(self, c: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attn_norm = nn.RMSNorm(c.d_model, c.norm_eps)
@@ -268,30 +285,26 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(c.d_model, c.norm_eps)
         self.ffn = MoE(c) if c.n_expert and layer not in c.dense_layers else MLP(c.d_model, c.d_ff)
 
-    def forward(self, x: Tensor, rotary, positions, attn_mask, cache, keep: Tensor | None = None) -> Tensor:
-        if keep is None:
-            y = self.attn(self.attn_norm(x), rotary, positions, attn_mask, cache)
-        else:  # ask only in the columns that any row wants, and past attention go on with the wanted places alone
-            row, column = keep // x.shape[1], keep % x.shape[1]
-            asking, index = column.unique(return_inverse=True)
-            asking = None if len(asking) == x.shape[1] else asking
-            y = self.attn(self.attn_norm(x), rotary, positions, attn_mask, cache, asking)[row, index]
-            x = x[row, column]
+    def forward(self, x: Tensor, around: Around, where: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return the stream after this layer: (B,T,C), or (N,C) for the places `where` alone."""
+        y = self.attn(self.attn_norm(x), around)  # (B,T,H*D)
+        if where is not None:  # past attention no place looks at another one, so the others can be left out
+            x, y = x[where], y[where]  # (N,C), (N,H*D)
         x = x + self.attn.o(y)
         return x + self.ffn(self.ffn_norm(x))
 
 
 class LLaDA(nn.Module):
-    """The mask predictor p(x0 | xt): tokens (B,T) -> logits (B,T,V).
+    """The mask predictor p(x0 | xt): tokens (B,T) -> logits (B,T,V) (LLaDA, eq. 3).
 
-    Weights are initialised from PyTorch's global generator (`torch.manual_seed`), or again by `init_weights(rng)`.
+    Its weights come from PyTorch's global generator (`torch.manual_seed`); `init_weights(rng)` draws them again.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = self.config = config
         self.embed = nn.Embedding(c.embedding_size, c.d_model)
-        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
+        self.layers = nn.ModuleList(Layer(c, layer) for layer in range(c.n_layer))
         self.norm = nn.RMSNorm(c.d_model, c.norm_eps)
         self.head = nn.Linear(c.d_model, c.embedding_size, bias=False)
         if c.tie_head:
@@ -300,10 +313,10 @@ class LLaDA(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, rng: torch.Generator | None = None) -> None:
-        """Every matrix keeps the size of what passes through it; what adds to the residual stream starts smaller.
+        """Draw every matrix with std 1/sqrt(fan-in), so that it keeps the size of what passes through it.
 
-        Std 1/sqrt(fan-in), over sqrt(2 layers) for the projections that write to the stream, and a small head: the
-        first predictions are nearly uniform, so the first bound is close to ln V nats per token.
+        Projections that write to the residual stream are smaller by sqrt(2 layers), and the head is small, so that the
+        first predictions are nearly uniform and the first bound is close to ln V nats per token.
         """
         residual = (2 * self.config.n_layer) ** -0.5
         for name, p in self.named_parameters():
@@ -321,43 +334,40 @@ class LLaDA(nn.Module):
         tokens: Tensor,
         attn_mask: Tensor | None = None,
         positions: Tensor | None = None,
-        keep: Tensor | None = None,
+        where: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits for every position of tokens (B,T) long, or for the wanted ones alone.
+        """Return the logits of every position of tokens (B,T) long: (B,T,V), or (N,V) for the places `where` alone.
 
         attn_mask: bool, broadcastable to (B,1,T,S), True = may look; None = everyone looks at everyone.
         positions: long (T,) or (B,T), absolute; 0..T-1 unless given. Attention depends on their differences only.
-        keep: flat indices (N,) into B*T; returns (N,V), and the last layer skips the rest after attention.
+        where: rows (N,) and columns (N,), as in `tokens[where]`; the last layer then skips the other places.
         cache: keys and values of an earlier evaluation; `positions` (T,) then say which slots these tokens renew.
         """
-        c = self.config
         x = self.embed(tokens)  # (B,T,C)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
-        full = torch.promote_types(x.dtype, torch.float32)  # angles in float32 even for a bfloat16 model
-        cos, sin = rotary_angles(positions, c.rotary_dim, c.rope_theta, full)
-        rotary = (cos.unsqueeze(-3), sin.unsqueeze(-3))  # (...,1,T,R/2): the same for every head
-        for block in self.blocks[:-1]:
-            x = block(x, rotary, positions, attn_mask, cache)
-        x = self.blocks[-1](x, rotary, positions, attn_mask, cache, keep)
+        around = Around(self.rotary(positions, x.dtype), positions, attn_mask, cache)
+        for layer in self.layers[:-1]:
+            x = layer(x, around)
+        x = self.layers[-1](x, around, where)
         return self.head(self.norm(x))
 
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the angles (...,1,T,rotary_dim/2) of positions (...,T), equal for all heads, in float32 or wider."""
+        wide = torch.promote_types(dtype, torch.float32)
+        cos, sin = rotary_angles(positions, self.config.rotary_dim, self.config.rope_theta, wide)
+        return cos.unsqueeze(-3), sin.unsqueeze(-3)
+
     def n_parameters(self) -> int:
-        """All parameters, a tied head counted once."""
+        """Count all parameters, a tied head once."""
         return sum(p.numel() for p in self.parameters())
 
     def n_active_parameters(self) -> int:
-        """Parameters that one token's forward pass multiplies with: without the input embedding (a look-up) and the
-        experts not chosen, with the head."""
+        """Count the parameters that one token is multiplied with: not the embedding, which is looked up, and of the
+        experts only those chosen."""
         c = self.config
         idle = (c.n_expert - c.n_expert_active) * 3 * c.d_expert * c.d_model
-        moe_layers = sum(isinstance(b.ffn, MoE) for b in self.blocks)
+        moe_layers = sum(isinstance(layer.ffn, MoE) for layer in self.layers)
         embedding = 0 if c.tie_head else self.embed.weight.numel()
         return self.n_parameters() - embedding - moe_layers * idle
-
-    def flops_per_token(self, length: int) -> int:
-        """Floating-point operations of one token's forward pass in a sequence of this length; training takes three."""
-        c = self.config
-        attention = 4 * c.n_layer * length * c.n_head * c.d_head  # queries with keys, weights with values
-        return 2 * self.n_active_parameters() + attention

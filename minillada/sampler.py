@@ -13,11 +13,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .canvas import Canvas
+from .decoding.klass import klass
+from .decoding.refresh import Refresh
+from .decoding.revisions import REVISIONS
 from .errors import TINY, BadInput, check_number, check_one_of, check_whole
-from .klass import klass
 from .model import KVCache, ModelConfig
-from .refresh import Refresh
-from .revisions import REVISIONS
 from .strategies import RULES, SCORES, Method, Now, Score, draw, guided, named
 
 COMMITS = RULES | {"klass": klass}
@@ -212,11 +212,11 @@ def stream(model: nn.Module, canvas: Canvas, config: SampleConfig, seed: int = 0
             ask, due = plan(method, config, now)
             row, column = ask.nonzero(as_tuple=True)
             if len(row):
-                keep = row * len(positions[columns]) + column + window.start - columns.start
-                logits = denoise(x[rows, columns], attn_mask, positions[columns], keep, cache)  # (N,V)
+                where = row, column + window.start - columns.start
+                logits = denoise(x[rows, columns], attn_mask, positions[columns], where, cache)  # (N,V)
                 columns = policy.columns(window, x.shape[1]) if policy.columns else columns
-                where = f"step {nfe}, columns {window.start} on"
-                tokens, score = propose(logits, config, method.score, banned, stop, rng, where)
+                at = f"step {nfe}, columns {window.start} on"
+                tokens, score = propose(logits, config, method.score, banned, stop, rng, at)
             if method.revise and left > 1:
                 back = nothing.clone()
                 back[rows, window] = method.revise(now)

@@ -207,10 +207,12 @@ def guided(model: Callable[..., Tensor], scale: float, given: Tensor, mask_id: i
     The same rows with the whole prompt masked ride along in one batch of 2B. given: (B,T), the prompt's positions.
     """
 
-    def denoise(x: Tensor, attn_mask: Tensor | None, positions: Tensor, keep: Tensor, cache=None) -> Tensor:
+    def denoise(x: Tensor, attn_mask: Tensor | None, positions: Tensor, where: tuple, cache=None) -> Tensor:
         both = torch.cat([x, x.masked_fill(given[:, positions], mask_id)])
         mask = None if attn_mask is None else torch.cat([attn_mask, attn_mask])
-        logits = model(both, mask, positions, torch.cat([keep, keep + x.numel()]), cache)
+        row, column = where
+        twice = torch.cat([row, row + len(x)]), torch.cat([column, column])
+        logits = model(both, mask, positions, twice, cache)
         conditional, unconditional = logits.chunk(2)
         return conditional + scale * (conditional - unconditional)
 

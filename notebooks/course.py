@@ -18,9 +18,10 @@ from typing import TypeVar
 
 import matplotlib
 
-from minillada import TrainConfig, TrainStep, cli, train
-from minillada.data import cache_dir
+from minillada import TrainConfig, TrainStep, train
+from minillada.commands import cli
 from minillada.errors import check_one_of
+from minillada.text.data import cache_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 Step = TypeVar("Step")

@@ -31,10 +31,10 @@ class Oracle(nn.Module):
         self.config, self.logits, self.calls = config, logits, 0
         self.anchor = nn.Parameter(torch.zeros(()))  # so that it has a device
 
-    def forward(self, tokens, attn_mask=None, positions=None, keep=None, cache=None) -> Tensor:
+    def forward(self, tokens, attn_mask=None, positions=None, where=None, cache=None) -> Tensor:
         self.calls += 1
         logits = self.logits(tokens)
-        return logits if keep is None else logits.flatten(0, 1)[keep]
+        return logits if where is None else logits[where]
 
 
 def table_model(seed: int = 0, length: int = 4, words: int = 3) -> Oracle:

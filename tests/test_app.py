@@ -13,9 +13,9 @@ from browser import Browser, free_port, needed
 from talkers import write_talker
 
 import minillada
-from minillada import app
-from minillada.ask import make_talker
-from minillada.cli import SWITCHES
+from minillada.commands import app
+from minillada.commands.ask import make_talker
+from minillada.commands.cli import SWITCHES
 from minillada.errors import BadInput
 
 N = len(app.TYPES)

@@ -11,10 +11,10 @@ from torch import Generator
 
 from minillada.diffusion import model_bound, pretraining_loss
 from minillada.errors import BadInput
-from minillada.presets import TrainConfig
-from minillada.tasks import Example
-from minillada.tokenizer import Tokenizer
-from minillada.twin import twin_log_likelihoods, twin_loss
+from minillada.measure.twin import twin_log_likelihoods, twin_loss
+from minillada.text.tasks import Example
+from minillada.text.tokenizer import Tokenizer
+from minillada.training.config import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import versus

@@ -6,8 +6,8 @@ import time
 import pytest
 from talkers import ids, write_template, write_tokenizer
 
-from minillada.chat import PROMPT_CAP, TEMPLATE_CAP, ChatTemplate, run_template
 from minillada.errors import BadInput, BadLuck
+from minillada.text.chat import PROMPT_CAP, TEMPLATE_CAP, ChatTemplate, run_template
 
 BOS, HEAD, TAIL, EOT = 250, 251, 252, 253
 ANSWER = [HEAD, *ids("assistant"), TAIL, *ids("\n\n")]
@@ -121,7 +121,7 @@ def test_the_oldest_turns_are_dropped_when_the_room_is_short(home):
 def test_one_rendering_serves_all_messages_of_the_same_roles(home, monkeypatch):
     template = ChatTemplate.load(home)
     template.encode_chat([user("a")])
-    monkeypatch.setattr("minillada.chat.run_template", lambda *_: pytest.fail("rendered again"))
+    monkeypatch.setattr("minillada.text.chat.run_template", lambda *_: pytest.fail("rendered again"))
     assert template.encode_chat([user("b")]) == [BOS, *turn("user", "b"), *ANSWER]
 
 
@@ -232,7 +232,7 @@ def test_a_message_that_cannot_be_used_is_refused(home, message, reason):
 
 
 def test_a_tokenizer_without_markers_cannot_chat(tmp_path):
-    from minillada.tokenizer import Tokenizer
+    from minillada.text.tokenizer import Tokenizer
 
     Tokenizer.characters(["abc"]).save(tmp_path)
     with pytest.raises(BadInput, match="chat: expected a chat template in the files or a tokenizer for LLaDA's"):
@@ -240,6 +240,6 @@ def test_a_tokenizer_without_markers_cannot_chat(tmp_path):
 
 
 def test_an_old_jinja_is_refused(monkeypatch):
-    monkeypatch.setattr("minillada.chat.version", lambda _: "3.1.5")
+    monkeypatch.setattr("minillada.text.chat.version", lambda _: "3.1.5")
     with pytest.raises(BadLuck, match="jinja2: expected 3"):
         run_template("", {})

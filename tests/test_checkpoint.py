@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minillada import checkpoint
 from minillada.errors import BadInput, BadLuck
 from minillada.model import LLaDA, ModelConfig
-from minillada.schemes import LLAMA, SCHEMES, read_config, write_config
-from minillada.tokenizer import Tokenizer
+from minillada.text.tokenizer import Tokenizer
+from minillada.weights import checkpoint
+from minillada.weights.schemes import LLAMA, SCHEMES, read_config, write_config
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ["llada_dense", "llada_gqa_tied", "llada_qkv_bias", "llada_moe", "llada_moe_dense_first_gqa", "llada2_moe"]
@@ -130,12 +130,12 @@ def test_the_dtype_asked_for_is_the_one_given(dtype, tmp_path):
 
 def test_a_wide_router_stays_wide(tmp_path):
     model = make(**KINDS["sigmoid"]).bfloat16()
-    for block in model.blocks:
-        block.ffn.router_bias = torch.randn(4)
+    for layer in model.layers:
+        layer.ffn.router_bias = torch.randn(4)
     checkpoint.save(model, tmp_path / "saved")
     assert same_weights(checkpoint.load(tmp_path / "saved")[0], model)
     lowered, _ = checkpoint.load(tmp_path / "saved", dtype=torch.float16)
-    assert lowered.embed.weight.dtype == torch.float16 and lowered.blocks[0].ffn.router_bias.dtype == torch.float32
+    assert lowered.embed.weight.dtype == torch.float16 and lowered.layers[0].ffn.router_bias.dtype == torch.float32
 
 
 def test_llama_style_names_are_read(tmp_path):
@@ -228,7 +228,7 @@ def test_check_tells_what_is_there_without_reading_weights(tmp_path):
 def test_a_deep_check_names_the_tensors_that_are_not_finite(tmp_path):
     model = make(**KINDS["experts"])
     with torch.no_grad():
-        model.blocks[1].ffn.up[2, 3, 4] = torch.inf
+        model.layers[1].ffn.up[2, 3, 4] = torch.inf
         model.norm.weight[0] = torch.nan
     checkpoint.save(model, tmp_path / "saved")
     found = checkpoint.check(tmp_path / "saved", deep=True).non_finite
@@ -298,7 +298,7 @@ def test_the_bar_counts_the_bytes(tmp_path, capsys):
 
 MEMORY = """
 import resource, sys, torch
-from minillada import checkpoint
+from minillada.weights import checkpoint
 
 large, small = sys.argv[1:]
 checkpoint.load(small)  # what the interpreter and its threads take is not the weights'

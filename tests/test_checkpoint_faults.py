@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minillada import checkpoint
 from minillada.errors import BadInput, BadLuck
 from minillada.model import LLaDA, ModelConfig
+from minillada.weights import checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 INDEX, SHARD = "model.safetensors.index.json", "model-00002-of-00003.safetensors"

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from minillada import data
-from minillada.data import batches, cache_dir, read_text, tokenise, validation_batch
 from minillada.errors import BadInput, BadLuck
-from minillada.tokenizer import Tokenizer
+from minillada.text import data
+from minillada.text.data import batches, cache_dir, read_text, tokenise, validation_batch
+from minillada.text.tokenizer import Tokenizer
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX files")
 BYTES = Tokenizer.bytes()
@@ -356,7 +356,7 @@ def test_a_killed_process_goes_on_and_another_one_waits_for_it(file, tmp_path):
     """Two real processes: the one that holds the lock is killed in the middle, then this one goes on."""
     path = file(f"{'the cat sat on the mat ' * 20}\n" * 400)
     program = (
-        "import sys, time; from minillada import data; from minillada.tokenizer import Tokenizer\n"
+        "import sys, time; from minillada.text import data; from minillada.text.tokenizer import Tokenizer\n"
         "data.GROUP, data.CHUNK, right = 1 << 14, 1 << 12, data.write_json\n"
         "def slow(path, document): right(path, document); print(flush=True); time.sleep(0.05)\n"
         "data.write_json = slow; data.tokenise(sys.argv[1], Tokenizer.bytes(), sys.argv[2])"

@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 import minillada
-from minillada import BadInput, TrainConfig, optim, train
-from minillada.distributed import agree, check_same, gathered, in_turn, processes, rank, share, together
-from minillada.optim import make_optimizers
-from minillada.state import State
+from minillada import BadInput, TrainConfig, train
+from minillada.training import optim
+from minillada.training.distributed import agree, check_same, gathered, in_turn, processes, rank, share, together
+from minillada.training.optim import make_optimizers
+from minillada.training.state import State
 
 ROOT = Path(__file__).parents[1]
 QUICK = {"preset": "nano", "steps": 6, "batch_size": 4, "length": 16, "eval_every": 3, "precision": "float32"}

@@ -9,12 +9,12 @@ import torch
 from oracles import Oracle, tiny_model
 
 import minillada
-from minillada import evaluate
-from minillada.ask import Talker
+from minillada.commands.ask import Talker
 from minillada.errors import BadInput
-from minillada.evaluate import (
+from minillada.measure import evaluate
+from minillada.measure.evaluate import (
     encode_pair,
-    main,
+
     mean_of,
     measure_choices,
     measure_infilling,
@@ -22,11 +22,11 @@ from minillada.evaluate import (
     measure_text,
     read_choices,
 )
-from minillada.likelihood import confidence_scores, log_likelihoods, perplexity
+from minillada.measure.likelihood import confidence_scores, log_likelihoods, perplexity
 from minillada.model import ModelConfig
 from minillada.sampler import SampleConfig
-from minillada.tasks import Example, Task, exact, make_task
-from minillada.tokenizer import Tokenizer
+from minillada.text.tasks import Example, Task, exact, make_task
+from minillada.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.characters(["".join(map(chr, range(32, 127))) + "\n"])
 CONFIG = ModelConfig(vocab_size=TOKENIZER.vocab_size, mask_id=TOKENIZER.mask_id, eos_id=TOKENIZER.eos_id, max_len=64)

@@ -13,8 +13,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 
-from minillada import checkpoint, hub
 from minillada.errors import BadInput, BadLuck
+from minillada.weights import checkpoint, hub
 
 GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = "someone/tiny"
@@ -185,7 +185,7 @@ def test_no_network_is_one_line(server, monkeypatch):
     assert "\n" not in str(told.value)
 
 
-LOAD = "import sys; from minillada.checkpoint import load; print(load(sys.argv[1])[0].config.n_layer)"
+LOAD = "import sys; from minillada.weights.checkpoint import load; print(load(sys.argv[1])[0].config.n_layer)"
 
 
 def test_the_environment_decides_where_from_where_to_and_whether_at_all(server, tmp_path):

@@ -10,7 +10,7 @@ from oracles import GOLDEN, Oracle, any_order_nll, table_model, tiny_model
 
 import minillada
 from minillada.errors import BadInput
-from minillada.likelihood import (
+from minillada.measure.likelihood import (
     confidence_scores,
     exact_bound,
     log_likelihood,
@@ -21,7 +21,7 @@ from minillada.likelihood import (
 )
 from minillada.model import ModelConfig
 from minillada.sampler import SampleConfig, generate
-from minillada.tokenizer import Tokenizer
+from minillada.text.tokenizer import Tokenizer
 
 PAIRS = [([1, 2, 3], [4, 7, 0]), ([], [5, 6, 7, 8, 9]), ([1], [2, 3]), ([4, 4], [11])]
 

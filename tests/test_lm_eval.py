@@ -18,8 +18,8 @@ from talkers import write_random, write_talker, write_template
 
 import minillada
 from minillada.errors import BadInput, BadLuck
-from minillada.evaluate import encode_pair, measure_choices, measure_text, read_choices
-from minillada.likelihood import confidence_scores, log_likelihoods, perplexity
+from minillada.measure.evaluate import encode_pair, measure_choices, measure_text, read_choices
+from minillada.measure.likelihood import confidence_scores, log_likelihoods, perplexity
 from minillada.sampler import SampleConfig, generate
 
 ROOT = Path(__file__).parents[1]
@@ -54,8 +54,8 @@ def adapter():
     for name, fields in stood_in.items() if not HARNESS else ():
         sys.modules[name] = types.ModuleType(name)
         vars(sys.modules[name]).update(fields)
-    yield importlib.import_module("minillada.integrations.lm_eval")
-    for name in [*stood_in, "minillada.integrations.lm_eval"] if not HARNESS else ():
+    yield importlib.import_module("minillada.measure.lm_eval")
+    for name in [*stood_in, "minillada.measure.lm_eval"] if not HARNESS else ():
         del sys.modules[name]
 
 
@@ -196,11 +196,11 @@ def test_block_length_must_divide_what_is_written(make):
 
 def test_without_the_package_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval.api.instance", None)  # as if it could not be found
-    monkeypatch.delitem(sys.modules, "minillada.integrations.lm_eval", raising=False)
+    monkeypatch.delitem(sys.modules, "minillada.measure.lm_eval", raising=False)
     with pytest.raises(BadLuck, match=r"^lm_eval: expected the package, .* pip install 'minillada\[eval\]'"):
-        importlib.import_module("minillada.integrations.lm_eval")
+        importlib.import_module("minillada.measure.lm_eval")
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("minillada.integrations.lm_eval", run_name="__main__")
+        runpy.run_module("minillada.measure.lm_eval", run_name="__main__")
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("error: lm_eval: expected the package")
 
@@ -219,7 +219,7 @@ def test_the_questions_of_the_examples_are_those_that_the_script_makes():
 def test_the_harness_over_the_example_tasks_gives_our_own_numbers(directory, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     arguments = f"pretrained={directory},mc_num=4,stride=16"
-    command = [sys.executable, "-m", "minillada.integrations.lm_eval", "run", "--model", "minillada"]
+    command = [sys.executable, "-m", "minillada.measure.lm_eval", "run", "--model", "minillada"]
     command += ["--model_args", arguments, "--device", "cpu", "--batch_size", "8", "--include_path", str(EXAMPLES)]
     command += [
         "--tasks",

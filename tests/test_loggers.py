@@ -5,8 +5,8 @@ from types import ModuleType
 
 import pytest
 
-from minillada import loggers
 from minillada.errors import BadInput
+from minillada.training import loggers
 
 RECORDS = [
     {"step": 7, "loss": 2.5, "bound": None, "levels": None, "precision": "bfloat16", "notices": ["one"]},

@@ -10,9 +10,9 @@ from talkers import write_tokenizer
 
 import minillada
 from minillada import BadInput, TrainConfig, train
-from minillada.lora import LoRA, adapt, adapters, merged, without_adapters
-from minillada.quantize import quantize
-from minillada.state import State
+from minillada.training.lora import LoRA, adapt, adapters, merged, without_adapters
+from minillada.training.state import State
+from minillada.weights.quantize import quantize
 
 TOKENS = torch.arange(12).view(2, 6)
 
@@ -85,9 +85,9 @@ def test_a_bfloat16_model_computes_and_is_merged_in_bfloat16_with_float32_adapte
     assert model(TOKENS).dtype == torch.bfloat16
     plain = merged(model)
     assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
-    layer = model.blocks[0].attn.q
+    layer = model.layers[0].attn.q
     expected = layer.weight.double() + 2 * layer.up.double() @ layer.down.double()
-    assert torch.equal(plain.blocks[0].attn.q.weight, expected.bfloat16())
+    assert torch.equal(plain.layers[0].attn.q.weight, expected.bfloat16())
 
 
 def test_an_adapted_or_quantized_model_is_refused():

@@ -13,17 +13,27 @@ from oracles import tiny_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from minillada.balance import Routing, auxiliary_loss, balance_loss, move_biases, routing_report, watch_routing, z_loss
 from minillada.errors import BadInput
 from minillada.model import MoE
+from minillada.training.balance import (
+    Routing,
+    auxiliary_loss,
+    balance_loss,
+    move_biases,
+    routing_report,
+    watch_routing,
+    z_loss,
+)
 
 EXPERTS = {"n_expert": 6, "n_expert_active": 2, "d_expert": 8}
 SIGMOID = {"router": "sigmoid", "router_renormalise": True, "router_scale": 2.5}
 GROUPS = {"n_expert_group": 3, "n_expert_group_active": 2}
 
+EMPTY = torch.tensor([], dtype=torch.long)
+
 
 def make_moe(seed: int = 0, **fields) -> MoE:
-    return tiny_model(seed, n_layer=1, **(EXPERTS | fields)).blocks[0].ffn
+    return tiny_model(seed, n_layer=1, **(EXPERTS | fields)).layers[0].ffn
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -117,7 +127,7 @@ def test_an_expert_that_no_token_visits_gets_no_gradient_and_does_not_disturb():
 
 def test_no_tokens_at_all_are_an_empty_answer():
     model = tiny_model(**EXPERTS)
-    assert model(torch.zeros(2, 5, dtype=torch.long), keep=torch.tensor([], dtype=torch.long)).shape == (0, 16)
+    assert model(torch.zeros(2, 5, dtype=torch.long), where=(EMPTY, EMPTY)).shape == (0, 16)
 
 
 def test_rows_and_columns_of_tokens_do_not_matter():
@@ -173,7 +183,7 @@ def test_the_best_expert_is_left_out_when_its_group_is_not_among_the_best():
 
 def test_dense_layers_keep_their_feed_forward():
     model = tiny_model(**EXPERTS, n_layer=3, dense_layers=(0, 2))
-    assert [isinstance(block.ffn, MoE) for block in model.blocks] == [False, True, False]
+    assert [isinstance(layer.ffn, MoE) for layer in model.layers] == [False, True, False]
 
 
 # ---- balance
@@ -257,9 +267,9 @@ def test_a_router_without_a_bias_refuses_to_be_balanced_by_one():
 
 def test_every_layer_with_experts_is_watched_until_the_block_ends():
     model = tiny_model(**EXPERTS, n_layer=3, dense_layers=(0,))
-    x, first, last = torch.arange(12).view(2, 6), model.blocks[1].ffn, model.blocks[2].ffn
+    x, first, last = torch.arange(12).view(2, 6), model.layers[1].ffn, model.layers[2].ffn
     with watch_routing(model) as routings:
-        model(x, keep=torch.tensor([0, 4, 7]))
+        model(x, where=(torch.tensor([0, 0, 1]), torch.tensor([0, 4, 1])))
         model(x)
     model(x)
     assert [(r.moe, len(r.logits)) for r in routings] == [(first, 12), (last, 3), (first, 12), (last, 12)]
@@ -269,7 +279,7 @@ def test_every_layer_with_experts_is_watched_until_the_block_ends():
 def test_no_kept_position_gives_the_last_layer_nothing_to_balance():
     model = tiny_model(**EXPERTS)
     with watch_routing(model) as routings:
-        model(torch.arange(12).view(2, 6), keep=torch.tensor([], dtype=torch.long))
+        model(torch.arange(12).view(2, 6), where=(EMPTY, EMPTY))
     assert balance_loss(routings[1]) == z_loss(routings[1]) == 0
     assert sum(routing_report(routings)["load"][1]) == 0
     (auxiliary_loss(routings, 1.0, 1.0)).backward()
@@ -321,9 +331,9 @@ def gradients(model, x: Tensor) -> dict[str, Tensor]:
 
 def test_activation_checkpointing_changes_no_gradient():
     x, plain, saving = torch.arange(12).view(2, 6), tiny_model(**EXPERTS), tiny_model(**EXPERTS)
-    for block in saving.blocks:
-        forward = block.forward
-        block.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
+    for layer in saving.layers:
+        forward = layer.forward
+        layer.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
     expected = gradients(plain, x)
     for name, gradient in gradients(saving, x).items():
         assert torch.allclose(gradient, expected[name], atol=1e-6), name

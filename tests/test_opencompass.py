@@ -11,8 +11,8 @@ from talkers import write_random, write_talker, write_template
 
 import minillada
 from minillada.errors import BadInput, BadLuck
-from minillada.evaluate import encode_pair, measure_choices, read_choices, score_options
-from minillada.likelihood import confidence_scores, log_likelihoods, perplexity
+from minillada.measure.evaluate import encode_pair, measure_choices, read_choices, score_options
+from minillada.measure.likelihood import confidence_scores, log_likelihoods, perplexity
 from minillada.sampler import SampleConfig, generate
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter():
     pytest.importorskip("opencompass", reason="needs opencompass, in an environment of its own")
-    return importlib.import_module("minillada.integrations.opencompass")
+    return importlib.import_module("minillada.measure.opencompass")
 
 
 @pytest.fixture
@@ -172,9 +172,9 @@ def test_a_file_of_choices_is_a_data_set_with_a_column_for_each_option(adapter, 
 
 def test_without_the_package_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it could not be found
-    monkeypatch.delitem(sys.modules, "minillada.integrations.opencompass", raising=False)
+    monkeypatch.delitem(sys.modules, "minillada.measure.opencompass", raising=False)
     with pytest.raises(BadLuck, match=r"^opencompass: expected the package, .* pip install 'minillada\[opencompass\]'"):
-        importlib.import_module("minillada.integrations.opencompass")
+        importlib.import_module("minillada.measure.opencompass")
 
 
 def test_the_command_over_the_example_gives_our_own_numbers(adapter, directory, tmp_path):

@@ -16,11 +16,23 @@ from test_trace import letters, run
 from wild import WILD, by_hand, wild_tokenizer
 
 from minillada.errors import BadInput, BadLuck
-from minillada.page import UNKNOWN, cells, check_file, document, level, pack, save, to_gif, to_html, to_order, to_svg
 from minillada.sampler import Step
-from minillada.terminal import columns
-from minillada.tokenizer import Tokenizer, display
-from minillada.trace import Trace, overhear
+from minillada.show.page import (
+    UNKNOWN,
+    cells,
+    check_file,
+    document,
+    level,
+    pack,
+    save,
+    to_gif,
+    to_html,
+    to_order,
+    to_svg,
+)
+from minillada.show.terminal import columns
+from minillada.show.trace import Trace, overhear
+from minillada.text.tokenizer import Tokenizer, display
 
 ALL = list(range(1, len(WILD)))
 ORDER = [[i] for i in sorted(range(len(ALL)), key=lambda i: i * 7 % len(ALL))]

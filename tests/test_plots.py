@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from minillada.plots import draw_levels, draw_steps, loss_curve
+from minillada.show.plots import draw_levels, draw_steps, loss_curve
 
 matplotlib_figure = pytest.importorskip("matplotlib.figure")
 

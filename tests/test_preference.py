@@ -11,10 +11,10 @@ from runs_compared import assert_an_interruption_changes_nothing
 
 from minillada import BadInput, TrainConfig, exact_bound, load, save, train
 from minillada.diffusion import pretraining_loss
-from minillada.lora import adapt
-from minillada.optim import add_gradients
-from minillada.preference import VRPO, preference_loss, scores, vrpo_loss
-from minillada.sft import Items, hide_padding
+from minillada.training.lora import adapt
+from minillada.training.optim import add_gradients
+from minillada.training.sft import Items, hide_padding
+from minillada.training.vrpo import VRPO, preference_loss, scores, vrpo_loss
 
 QUICK = {"steps": 6, "batch_size": 4, "eval_every": 3, "precision": "float32"}
 # Two pairs: (prompt, chosen), (prompt, rejected); of unequal lengths, so that rows are filled up.

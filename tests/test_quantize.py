@@ -7,8 +7,8 @@ from oracles import GOLDEN, tiny_model
 import minillada
 from minillada.errors import BadInput
 from minillada.model import LLaDA, ModelConfig
-from minillada.presets import IDS, PRESETS
-from minillada.quantize import Int4, Int8, matrices, memory, quantize
+from minillada.training.config import IDS, PRESETS
+from minillada.weights.quantize import Int4, Int8, matrices, memory, quantize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -89,8 +89,8 @@ def test_embedding_norms_and_routers_are_left_alone():
 def test_a_width_that_no_group_divides_takes_8_bits():
     model = quantize(tiny_model(d_model=48, d_ff=30), "int4")
     gate, down = (
-        model.blocks[0].ffn.gate.parametrizations.weight[0],
-        model.blocks[0].ffn.down.parametrizations.weight[0],
+        model.layers[0].ffn.gate.parametrizations.weight[0],
+        model.layers[0].ffn.down.parametrizations.weight[0],
     )
     assert (type(gate), gate.group, type(down)) == (Int4, 16, Int8)
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from oracles import tiny_model
 
+from minillada.decoding.refresh import Refresh
 from minillada.errors import BadInput
 from minillada.model import KVCache, LLaDA
-from minillada.refresh import Refresh
 from minillada.strategies import guided
 
 MASK, PROMPT, LENGTH = 15, 4, 16
@@ -51,8 +51,8 @@ def renewed(refresh: Refresh, x: torch.Tensor) -> torch.Tensor:
 def rows_through(part: str, model: LLaDA) -> list[int]:
     """A list that grows by the number of rows whenever this part of a block is evaluated, from now on."""
     counts = []
-    for block in model.blocks:
-        block.get_submodule(part).register_forward_hook(lambda _, args, out: counts.append(out.shape[:-1].numel()))
+    for layer in model.layers:
+        layer.get_submodule(part).register_forward_hook(lambda _, args, out: counts.append(out.shape[:-1].numel()))
     return counts
 
 
@@ -259,7 +259,7 @@ def test_the_places_whose_values_changed_most_are_renewed():
         held, old = refresh.v.clone(), refresh.change.clone()
         refresh(after)
         stream = model.embed(after)
-        for layer, block in enumerate(model.blocks):
+        for layer, block in enumerate(model.layers):
             value = block.attn.v(block.attn_norm(stream))
             alike = torch.nn.functional.cosine_similarity(value, held[layer], dim=-1)
             alike[given], alike[before != after] = 2, -2

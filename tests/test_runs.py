@@ -17,12 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minillada import checkpoint, files
+from minillada import files
 from minillada.errors import BadInput, BadLuck
 from minillada.files import newest_checkpoint, verify_manifest
 from minillada.model import LLaDA, ModelConfig
-from minillada.runs import Run, load_state, rng_state, set_rng_state, step_of
-from minillada.tokenizer import Tokenizer
+from minillada.text.tokenizer import Tokenizer
+from minillada.training.runs import Run, load_state, rng_state, set_rng_state, step_of
+from minillada.weights import checkpoint
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
 CONFIG = ModelConfig(vocab_size=11, mask_id=10, n_layer=1, n_head=2, d_model=8, d_ff=16)
@@ -351,7 +352,7 @@ def test_resume_sweeps_our_leftovers_and_nothing_else(tmp_path):
 
 PROCESSES = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 if os.name == "posix":
-    PROCESSES.set_forkserver_preload(["minillada.runs"])  # torch is imported once, not for every kill
+    PROCESSES.set_forkserver_preload(["minillada.training.runs"])  # torch is imported once, not for every kill
 
 
 def hold(directory: Path) -> None:
@@ -482,7 +483,7 @@ def adamw(model: LLaDA) -> list[torch.optim.Optimizer]:
 
 
 def muon_and_adamw(model: LLaDA) -> list[torch.optim.Optimizer]:
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
     groups = [{"params": rest[:1], "lr": 3e-3}, {"params": rest[1:], "weight_decay": 0.0}]
     return [torch.optim.Muon(matrices, lr=1e-2), torch.optim.AdamW(groups, lr=1e-2)]

@@ -11,9 +11,9 @@ from oracles import GOLDEN, Oracle, random_order_distribution, table_model, tiny
 
 import minillada
 from minillada.canvas import Canvas
+from minillada.decoding.revisions import REVISIONS
 from minillada.errors import BadInput
 from minillada.model import ModelConfig
-from minillada.revisions import REVISIONS
 from minillada.sampler import CACHES, COMMITS, SampleConfig, generate, stream
 from minillada.strategies import SCORES, Now, draw
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from talkers import CHARACTERS, write_talker, write_template, write_tokenizer
 
 import minillada
-from minillada.chat import PROMPT_CAP
-from minillada.cli import run
+from minillada.commands.cli import run
 from minillada.errors import BadInput
+from minillada.text.chat import PROMPT_CAP
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--gen-len", "16", "--device", "cpu"]
@@ -230,7 +230,7 @@ def test_an_instruct_model_wants_a_message(call, tmp_path):
 
 def test_a_name_that_is_no_directory_is_asked_of_the_hub(call, home, monkeypatch):
     asked = []
-    monkeypatch.setattr("minillada.hub.fetch", lambda *args, progress: asked.append(args) or home)
+    monkeypatch.setattr("minillada.weights.hub.fetch", lambda *args, progress: asked.append(args) or home)
     assert call("load_8b.py", "GSAI-ML/LLaDA-8B-Base", "--check", "--revision", "v1")[0] == 0
     assert asked == [("GSAI-ML/LLaDA-8B-Base", "v1")]
 

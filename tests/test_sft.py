@@ -16,12 +16,24 @@ from talkers import write_talker
 import minillada
 import sample
 import train_tiny
-from minillada import BadInput, BadLuck, Tokenizer, TrainConfig, cli, train
-from minillada.chat import ChatTemplate
+from minillada import BadInput, BadLuck, Tokenizer, TrainConfig, train
+from minillada.commands import cli
 from minillada.diffusion import Noised, pretraining_loss
 from minillada.model import ModelConfig
-from minillada.sft import PADDING, SFT, dialogue, hide_padding, per_answer, read_items, records, stack, teach, visits
-from minillada.tasks import make_task, write_task
+from minillada.text.chat import ChatTemplate
+from minillada.text.tasks import make_task, write_task
+from minillada.training.sft import (
+    PADDING,
+    SFT,
+    dialogue,
+    hide_padding,
+    per_answer,
+    read_items,
+    records,
+    stack,
+    teach,
+    visits,
+)
 
 C = tiny_model().config  # vocabulary 16, mask 15, eos 14
 EOS = C.eos_id

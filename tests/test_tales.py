@@ -6,8 +6,8 @@ from math import log
 
 import pytest
 
-from minillada import tales as module
-from minillada.tales import GRAMMAR, TALE, entropy_per_character, expected_length, tales, tell
+from minillada.text import tales as module
+from minillada.text.tales import GRAMMAR, TALE, entropy_per_character, expected_length, tales, tell
 
 COLUMNS = {word: key for key in GRAMMAR for word in key.split("|")}
 

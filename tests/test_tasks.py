@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from minillada.errors import BadInput
-from minillada.tales import GRAMMAR, tell
-from minillada.tales import tales as all_tales
-from minillada.tasks import TASKS, Example, boards, is_tale, main, make_task, peers, solutions, write_task
+from minillada.text.tales import GRAMMAR, tell
+from minillada.text.tales import tales as all_tales
+from minillada.text.tasks import TASKS, Example, boards, is_tale, main, make_task, peers, solutions, write_task
 
 SMALL = {name: (40, 0, 5 if name == "sudoku9" else 30) for name in TASKS}
 

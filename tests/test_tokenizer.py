@@ -9,9 +9,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillada import tokenizer as module
 from minillada.errors import BadInput, BadLuck
-from minillada.tokenizer import OURS, Tokenizer, display
+from minillada.text import tokenizer as module
+from minillada.text.tokenizer import OURS, Tokenizer, display
 
 TEXT = "the cat sat on the [MASK] mat, the cat sat.\r\nEin Bär\t€ 😀\n"
 MAKERS = {

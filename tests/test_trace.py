@@ -10,13 +10,13 @@ import torch
 from oracles import tiny_model
 from wild import WILD, by_hand, wild_tokenizer
 
-from minillada import terminal
 from minillada.canvas import Canvas
 from minillada.errors import BadInput
 from minillada.sampler import SampleConfig, stream
-from minillada.terminal import columns, layout, pieces, watch
-from minillada.tokenizer import Tokenizer
-from minillada.trace import COMMITTED, ENDED, PROPOSED, REVISED, Trace, feed, overhear
+from minillada.show import terminal
+from minillada.show.terminal import columns, layout, pieces, watch
+from minillada.show.trace import COMMITTED, ENDED, PROPOSED, REVISED, Trace, feed, overhear
+from minillada.text.tokenizer import Tokenizer
 
 MASK, WORDS = 15, 12
 WAYS = [

@@ -22,16 +22,18 @@ from torch.utils._pytree import tree_flatten
 import minillada
 import sample
 import train_tiny
-from minillada import BadInput, BadLuck, TrainConfig, cli, optim, state, train
-from minillada.data import validation_batch
+from minillada import BadInput, BadLuck, TrainConfig, train
+from minillada.commands import cli
 from minillada.diffusion import exact_count, sample_t
 from minillada.files import newest_checkpoint
-from minillada.likelihood import log_likelihoods
-from minillada.optim import make_optimizers, rate, restore, snapshot
-from minillada.presets import PRESETS
-from minillada.runs import load_state, step_of
-from minillada.state import State
-from minillada.validation import validate
+from minillada.measure.likelihood import log_likelihoods
+from minillada.text.data import validation_batch
+from minillada.training import optim, state
+from minillada.training.config import PRESETS
+from minillada.training.optim import make_optimizers, rate, restore, snapshot
+from minillada.training.runs import load_state, step_of
+from minillada.training.state import State
+from minillada.training.validation import validate
 
 SCRIPT = Path(__file__).parents[1] / "train_tiny.py"
 QUICK = {"preset": "nano", "steps": 6, "batch_size": 4, "length": 16, "eval_every": 3, "precision": "float32"}
@@ -455,7 +457,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 
 PROCESSES = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 if os.name == "posix":
-    PROCESSES.set_forkserver_preload(["minillada.train"])  # torch is imported once, not for every kill
+    PROCESSES.set_forkserver_preload(["minillada.training.run"])  # torch is imported once, not for every kill
 
 
 def go_on(out: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from oracles import tiny_model
 
 from minillada.errors import BadInput
-from minillada.twin import causal, twin_generate, twin_log_likelihoods, twin_loss, twin_nll
+from minillada.measure.twin import causal, twin_generate, twin_log_likelihoods, twin_loss, twin_nll
 
 
 def next_log_p(model, before):

@@ -5,7 +5,7 @@ import torch
 from tokenizers import decoders, models
 
 from minillada.sampler import Step
-from minillada.tokenizer import Tokenizer
+from minillada.text.tokenizer import Tokenizer
 
 WILD = [
     "[MASK]", "<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "\"'`&amp;&lt;<!--",

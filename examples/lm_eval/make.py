@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from minillada.tasks import make_task
+from minillada.text.tasks import make_task
 
 HERE = Path(__file__).parent
 

@@ -9,7 +9,7 @@ from opencompass.openicl.icl_inferencer import GenInferencer, PPLInferencer
 from opencompass.openicl.icl_prompt_template import PromptTemplate
 from opencompass.openicl.icl_retriever import ZeroRetriever
 
-from minillada.integrations.opencompass import Choices, MiniLLaDA
+from minillada.measure.opencompass import Choices, MiniLLaDA
 
 models = [
     dict(

@@ -1,0 +1,31 @@
+"""Run a command: `python -m minillada NAME …`; each is the `main` of the module that COMMANDS names."""
+
+import sys
+from importlib import import_module
+
+from .commands.cli import run
+from .errors import BadInput
+
+COMMANDS = {  # name -> (module, what it does)
+    "evaluate": ("commands.evaluate", "measure a model: a text, gaps, options, toy tasks"),
+    "tasks": ("commands.tasks", "write a toy task with known answers"),
+    "app": ("commands.app", "open a model in the browser"),
+    "lm_eval": ("measure.lm_eval", "run lm-evaluation-harness over a model"),
+}
+
+
+def main() -> None:
+    """Hand the rest of the command line to the command that is named first."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print("usage: python -m minillada COMMAND …; each has a --help")
+        print("\n".join(f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()))
+        return
+    name = sys.argv.pop(1)
+    if name not in COMMANDS:
+        raise BadInput(f"command: expected one of {', '.join(COMMANDS)}, got {name!r}; choose one")
+    sys.argv[0] = f"python -m minillada {name}"
+    import_module(f".{COMMANDS[name][0]}", __package__).main()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,1 +1,0 @@
-"""Adapters to other people's programs. Nothing else imports them."""

@@ -1,0 +1,119 @@
+"""What the adapters share: a model with its options, likelihoods of what fits it, answers up to a stop string."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..errors import check_one_of, check_whole
+from ..sampler import SampleConfig, generate
+from ..text.chat import ChatTemplate
+from ..weights.checkpoint import check, expect_tokenizer, load
+from ..weights.device import pick_device
+from .evaluate import SCORINGS
+from .likelihood import Pair, Perplexity, confidence_scores, log_likelihoods, perplexity
+
+
+class Adapter:
+    """A model and how to ask it. Options have the names of LLaDA's official adapter to lm-evaluation-harness."""
+
+    in_chat = False  # an answer may also end where a turn does
+
+    def __init__(
+        self,
+        pretrained: str,
+        mc_num: int = 128,  # masks per log-likelihood
+        cfg: float = 0.0,  # guidance, off at 0
+        steps: int | None = None,  # one per token unless given
+        gen_length: int | None = None,  # what the task says unless given, else 128
+        block_length: int | None = None,  # gen_length unless given
+        remasking: str = "low_confidence",
+        scoring: str = "bound",  # of log-likelihoods; or confidence: see likelihood.confidence_scores
+        window: int | None = None,  # of a text without a context: tokens seen at a time, and
+        stride: int | None = None,  # predicted at a time: see likelihood.perplexity
+        max_length: int | None = None,  # the model's unless given
+        seed: int = 0,
+        dtype: str | None = None,  # the checkpoint's unless given
+        batch_size: int = 32,
+        device: str | None = None,
+    ) -> None:
+        check_one_of("scoring", scoring, SCORINGS)
+        check_whole("mc_num", mc_num, 1)
+        if dtype is not None:
+            check_one_of("dtype", dtype, ("float32", "bfloat16", "float16"))
+        found = check(pretrained)
+        expect_tokenizer(found.directory, pretrained)
+        self._device = torch.device(pick_device(device or "auto"))
+        self.model, self.tokenizer = load(found.directory, str(self._device), getattr(torch, dtype) if dtype else None)
+        check_whole("max_length", max_length or 1, 1, self.model.config.max_len)
+        self.directory, self.name = found.directory, pretrained
+        self.max_length = max_length or self.model.config.max_len
+        self.mc_num, self.cfg, self.scoring = mc_num, cfg, scoring
+        self.window, self.stride, self.seed, self.batch_size = window or self.max_length, stride, seed, batch_size
+        self.sampling = {"steps": steps, "gen_len": gen_length, "block_len": block_length, "remasking": remasking}
+
+    # ---- likelihood
+
+    def fit(self, before: list[int], after: list[int]) -> Pair:
+        """A context that is too long loses its beginning."""
+        return before[max(0, len(before) + len(after) - self.max_length) :], after
+
+    def log_likelihoods(
+        self,
+        pairs: Sequence[Pair],
+        check_greedy: bool = False,
+        bar: Callable[[Sequence[Pair], str], Iterable[Pair]] = lambda pairs, title: pairs,
+    ) -> tuple[Tensor, Tensor]:
+        """(N,) log p of each answer as `scoring` has it, in nats; (N,) bool: is it greedy? All false if none asks."""
+        options = {"batch_size": self.batch_size, "cfg_scale": self.cfg}
+        values, greedy = torch.zeros(len(pairs), dtype=torch.double), torch.zeros(len(pairs), dtype=torch.bool)
+        if check_greedy or self.scoring == "confidence":
+            values, greedy = confidence_scores(self.model, bar(pairs, "Confidence"), **options)
+        if self.scoring == "bound":
+            # A single token is always masked: one evaluation tells all.
+            for single, n in ((True, 1), (False, self.mc_num)):
+                chosen = [i for i, (_, after) in enumerate(pairs) if (len(after) == 1) == single]
+                rows = bar([pairs[i] for i in chosen], "Likelihood")
+                values[chosen] = log_likelihoods(self.model, rows, n, self.seed, **options)[0]
+        return values, greedy
+
+    def perplexity(self, text: str) -> Perplexity:
+        """Of a text that is predicted whole: nothing stands before it."""
+        options = {"n_samples": self.mc_num, "seed": self.seed, "batch_size": self.batch_size, "cfg_scale": self.cfg}
+        return perplexity(self.model, text, self.tokenizer, self.window, self.stride, **options)
+
+    # ---- generation
+
+    def config_of(self, asked: dict) -> SampleConfig:
+        """How to decode: what the user says, then what the task says."""
+        chosen = {name: value for name, value in self.sampling.items() if value is not None}
+        chosen.setdefault("gen_len", int(asked.get("max_gen_toks", 128)))
+        check_whole("gen_length", chosen["gen_len"], 1, self.max_length - 1)
+        chosen.setdefault("block_len", chosen["gen_len"])
+        chosen.setdefault("steps", chosen["gen_len"])
+        if asked.get("do_sample"):
+            chosen |= {name: asked[name] for name in ("temperature", "top_k", "top_p") if name in asked}
+        return SampleConfig(**chosen, cfg_scale=self.cfg, stop_ids=self.stop_ids())
+
+    def stop_ids(self) -> tuple[int, ...]:
+        ends = {self.model.config.eos_id, *(self.template.stop_ids if self.in_chat else ())}
+        return tuple(sorted(ends - {None}))
+
+    def write(self, prompts: Iterable[list[int]], config: SampleConfig, seed: int) -> list[str]:
+        """What follows each prompt, of which a too long one loses its beginning."""
+        room = self.max_length - config.gen_len
+        written = generate(self.model, [prompt[-room:] for prompt in prompts], config, seed)
+        return [self.tokenizer.decode(row) for row in written]
+
+    # ---- chat
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate.load(self.directory, self.tokenizer)
+
+
+def cut(text: str, until: str | Sequence[str] | None) -> str:
+    """The text before the first of the strings that end it."""
+    ends = [until] if isinstance(until, str) else until or []
+    return text[: min((at for end in ends if end and (at := text.find(end)) >= 0), default=len(text))]

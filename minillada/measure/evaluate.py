@@ -1,0 +1,214 @@
+"""How good is a model? What a text costs it, what it writes into gaps, which option it prefers, which tasks it solves.
+
+Each measurement is a function that returns a dictionary for JSON.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, pstdev
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..canvas import Canvas
+from ..errors import BadInput, check_number, check_one_of, check_whole
+from ..files import parse_json
+from ..sampler import SampleConfig, answer_of, stream
+from ..text.data import opened, validation_batch
+from ..text.tasks import Example, Task
+from ..text.tokenizer import Tokenizer
+from .likelihood import Pair, confidence_scores, log_likelihoods, perplexity
+
+SCORINGS = ("bound", "confidence")
+
+
+def mean_of(values: Sequence[float]) -> dict:
+    """Their mean with its standard error, as of independent values."""
+    error = pstdev(values) / sqrt(max(len(values) - 1, 1))
+    return {"accuracy": fmean(values), "standard_error": error, "n": len(values)}
+
+
+def bar(rows: Iterable, what: str) -> Iterable:
+    """The rows, with a progress bar on a terminal."""
+    return tqdm(rows, desc=what, disable=None)
+
+
+def batches(rows: Sequence, size: int, what: str) -> Iterable[Sequence]:
+    return bar([rows[first : first + size] for first in range(0, len(rows), size)], what)
+
+
+def complete(model: nn.Module, canvas: Canvas, config: SampleConfig, seed: int) -> tuple[torch.Tensor, int]:
+    """The filled canvas (B,T) and how many evaluations that took."""
+    nfe, x = 0, canvas.x
+    for step in stream(model, canvas, config, seed):
+        x, nfe = step.x, step.nfe
+    return x, nfe
+
+
+# ---- a text
+
+
+def measure_text(model: nn.Module, tokenizer: Tokenizer, text: str, **options) -> dict:
+    """`perplexity` of a text, with its options; every figure is an upper bound."""
+    found = perplexity(model, text, tokenizer, progress=partial(bar, what="perplexity"), **options)
+    derived = {name: getattr(found, name) for name in ("perplexity", "bits_per_character", "bits_per_byte")}
+    unknown = {} if options.get("n_samples") != 1 else {"standard_error": None}
+    return {**found._asdict(), **derived, **unknown}
+
+
+# ---- gaps
+
+
+def measure_infilling(
+    model: nn.Module,
+    tokens: Sequence[int],
+    config: SampleConfig,
+    length: int,
+    n: int = 100,
+    hide: float = 0.15,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> dict:
+    """Of n evenly spaced windows of the text this share of the tokens is hidden, at random: how many are written as
+    they were? Nothing but the window is seen."""
+    check_number("hide", hide, 1e-9, 1.0)
+    check_whole("n", n, 1)
+    x0 = validation_batch(np.array(tokens), n, length)  # (n,T)
+    holes = max(1, round(hide * length))
+    order = torch.rand(x0.shape, generator=torch.Generator().manual_seed(seed)).argsort(1).argsort(1)
+    hidden, right, evaluations = order < holes, [], []
+    for rows in batches(torch.arange(n), batch_size, "infilling"):
+        clean, holes_here = x0[rows], hidden[rows]
+        masked = clean.masked_fill(holes_here, model.config.mask_id).tolist()
+        canvas = Canvas.infill(masked, model.config, next(model.parameters()).device)
+        x, nfe = complete(model, canvas, config, seed)
+        right += ((x.cpu() == clean) & holes_here).sum(1).tolist()
+        evaluations.append(nfe)
+    result = mean_of([count / holes for count in right])
+    return {**result, "hidden": holes, "length": length, "evaluations": fmean(evaluations)}
+
+
+# ---- options
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
+    """The ids of two texts that follow each other, encoded as one; blanks between them belong to the continuation."""
+    text, context = context + continuation, context.rstrip()
+    before, whole = tokenizer.encode_batch([context, text])
+    return before, whole[len(before) :]
+
+
+def score_options(
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    scoring: str = "bound",
+    n_samples: int = 128,
+    seed: int = 0,
+    batch_size: int = 32,
+    cfg_scale: float = 0.0,
+) -> list[float]:
+    """A number for each, the higher the likelier: the bound of its log-likelihood, or `confidence_scores`."""
+    check_one_of("scoring", scoring, SCORINGS)
+    rows = bar(pairs, "options")
+    if scoring == "confidence":
+        return confidence_scores(model, rows, batch_size, cfg_scale)[0].tolist()
+    return log_likelihoods(model, rows, n_samples, seed, batch_size, cfg_scale)[0].tolist()
+
+
+def measure_choices(model: nn.Module, tokenizer: Tokenizer, items: Sequence[dict], **options) -> dict:
+    """How often the right one of several options is likeliest; also with each score divided by the option's characters.
+
+    items: {"prompt", "options", "answer": the right one's number from 0}; options: of `score_options`.
+    """
+    pairs = [encode_pair(tokenizer, item["prompt"], option) for item in items for option in item["options"]]
+    scores = iter(score_options(model, pairs, **options))
+    plain, even = [], []
+    for item in items:
+        mine = [(next(scores), len(option)) for option in item["options"]]
+        plain.append(float(max(range(len(mine)), key=lambda i: mine[i][0]) == item["answer"]))
+        even.append(float(max(range(len(mine)), key=lambda i: mine[i][0] / mine[i][1]) == item["answer"]))
+    return {**mean_of(plain), "accuracy_per_character": fmean(even)}
+
+
+def read_choices(path: Path) -> list[dict]:
+    """Raises BadInput with the number of the line, BadLuck."""
+    items = []
+    with opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            what = f"{path}, line {number}"
+            item = parse_json(line, what)
+            options, answer = item.get("options"), item.get("answer")
+            texts = [item.get("prompt"), *(options if isinstance(options, list) else [None])]
+            if not all(isinstance(text, str) for text in texts) or len(texts) < 3 or "" in texts[1:]:
+                raise BadInput(f'{what}: expected a "prompt" and at least two "options", got others; mend the line')
+            check_whole(f"{what}, answer", answer, 0, len(options) - 1)
+            items.append(item)
+    if not items:
+        raise BadInput(f"{path}: expected a question in each line, got nothing; write some")
+    return items
+
+
+# ---- tasks
+
+
+def canvas_of(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    encode: Callable[[str], list[int]],
+    examples: Sequence[Example],
+    gen_len: int,
+) -> tuple[Canvas, list[slice]]:
+    """Make the canvas of a few questions, all with gaps or none; return it with the columns of each answer.
+
+    encode turns a prompt into ids. A gap has as many holes as the answer has tokens.
+    """
+    c, device = model.config, next(model.parameters()).device
+    if not examples[0].after:
+        prompts = [encode(example.prompt) for example in examples]
+        return Canvas.continuation(prompts, gen_len, c, device), [slice(max(map(len, prompts)), None)] * len(prompts)
+    texts = [tokenizer.encode_batch([f"\n{e.prompt}", e.answer, e.after]) for e in examples]
+    rows = [[*before, *[c.mask_id] * len(answer), *after] for before, answer, after in texts]
+    spans = [slice(len(before), len(before) + len(answer)) for before, answer, _ in texts]
+    return Canvas.infill(rows, c, device), spans
+
+
+def measure_task(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    task: Task,
+    config: SampleConfig,
+    encode: Callable[[str], list[int]] | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> tuple[dict, list[dict]]:
+    """Measure how much of a task's test is answered rightly, by kind of question too; return that and all answers.
+
+    encode turns a prompt into ids. Unless given, a prompt begins a line, as in the text that a task is learned from.
+    """
+    encode = encode or (lambda prompt: tokenizer.encode(f"\n{prompt}"))
+    scores, records, evaluations = {}, [], []
+    groups = [[e for e in task.test if bool(e.after) == gap] for gap in (False, True)]
+    for batch in (batch for group in groups for batch in batches(group, batch_size, task.name)):
+        canvas, spans = canvas_of(model, tokenizer, encode, batch, config.gen_len)
+        x, nfe = complete(model, canvas, config, seed)
+        evaluations.append(nfe)
+        for example, row, span in zip(batch, x.tolist(), spans, strict=True):
+            written = tokenizer.decode(answer_of(row[span], config, model.config))
+            score = task.check(example, written)
+            scores.setdefault(example.kind, []).append(score)
+            records.append({**example._asdict(), "written": written, "score": score})
+    result = mean_of([score for kind in scores.values() for score in kind])
+    if len(scores) > 1:
+        result["kinds"] = {kind: mean_of(values) for kind, values in sorted(scores.items())}
+    return {**result, "evaluations": fmean(evaluations)}, records
+
+
+def answer_length(tokenizer: Tokenizer, task: Task) -> int:
+    """Return the tokens of the longest answer with its line end."""
+    return max(len(tokenizer.encode(f"{example.answer}\n")) for example in task.test)

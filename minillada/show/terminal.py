@@ -1,0 +1,142 @@
+"""See it think: a run of `Step`s drawn in the terminal while the text crystallises out of masks."""
+
+import os
+import shutil
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator
+from typing import TextIO
+
+import torch
+
+from ..sampler import Step
+from ..text.tokenizer import Tokenizer, display
+
+HOLE = "░"
+PLAIN = "\x1b[0m"
+# Only the eight colours that every terminal has, so that its own theme decides what they look like.
+STYLE = {
+    "hole": "\x1b[2m",
+    "back": "\x1b[1;31m",
+    "given": "",
+    "sure": "\x1b[32m",
+    "fair": "\x1b[33m",
+    "poor": "\x1b[35m",
+}
+NEW = "\x1b[1;7m"  # on top of these
+SURE, FAIR = 0.8, 0.4  # at least this confident
+INVISIBLE = {"Mn", "Me", "Cf"}  # categories of Unicode: marks on the letter before, joiners
+
+Frame = tuple[list[int], list[float], list[bool], list[bool]]  # see `pieces`
+Kind = tuple[str, bool]  # a key of STYLE, and whether committed in this step
+
+
+def frames(steps: Iterable[Step], row: int = 0, start: int = 0) -> Iterator[tuple[Step, Frame]]:
+    """Each step, and what there is to show of a row from column start on."""
+    held = None
+    for step in steps:
+        held = torch.full_like(step.confidence[row], torch.nan) if held is None else held
+        held = torch.where(step.committed[row], step.confidence[row], held)
+        columns = (step.x[row], held, step.committed[row], step.revised[row])
+        yield step, tuple(tensor[start:].tolist() for tensor in columns)
+
+
+def kind_of(token: int, sure: float, back: bool, mask_id: int) -> str:
+    if token == mask_id:
+        return "back" if back else "hole"
+    if sure != sure:  # NaN
+        return "given"
+    return "sure" if sure >= SURE else "fair" if sure >= FAIR else "poor"
+
+
+def pieces(
+    tokens: list[int], held: list[float], new: list[bool], back: list[bool], tokenizer: Tokenizer
+) -> list[tuple[Kind, str]]:
+    """A row of the canvas, neighbouring tokens of a kind together, for one token may be half a letter.
+
+    held: how sure each token of ours was when it was committed; NaN for others. new, back: committed, taken back now.
+    """
+    together: list[tuple[Kind, list[int]]] = []
+    for token, sure, is_new, is_back in zip(tokens, held, new, back, strict=True):
+        kind = (kind_of(token, sure, is_back, tokenizer.mask_id), is_new)
+        if together and together[-1][0] == kind:
+            together[-1][1].append(token)
+        else:
+            together.append((kind, [token]))
+    masks = {"hole", "back"}
+    return [(k, HOLE * len(ids) if k[0] in masks else display(tokenizer.decode(ids))) for k, ids in together]
+
+
+def columns(character: str) -> int:
+    """How many columns of a terminal a character takes."""
+    if unicodedata.category(character) in INVISIBLE and character != "\xad":
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def layout(parts: list[tuple[Kind, str]], width: int, colour: bool) -> list[str]:
+    """The pieces as lines of at most `width` columns."""
+    lines, used = [""], 0
+    for (kind, new), text in parts:
+        style = (STYLE[kind] + NEW * new) * colour
+        end = PLAIN if style else ""
+        lines[-1] += style
+        for character in text.expandtabs(4):
+            if character == "\n" or used + columns(character) > width:
+                lines[-1] += end
+                lines.append(style)
+                used = 0
+            if character != "\n":
+                lines[-1] += character
+                used += columns(character)
+        lines[-1] += end
+    return lines
+
+
+def watch(
+    steps: Iterable[Step],
+    tokenizer: Tokenizer,
+    out: TextIO | None = None,
+    row: int = 0,
+    stages: int = 5,
+    start: int = 0,
+    pause: float = 0.0,
+) -> Step:
+    """Draw every step over the one before in a terminal, or a few stages one below the other elsewhere; the last step.
+
+    What was committed in a step is reversed, what was taken back is red; green, yellow and magenta say how sure a token
+    was when it was committed (`overheard` steps: how probable). NO_COLOR and TERM=dumb are honoured. start: the first
+    column to draw. pause: seconds to hold each step in a terminal. While it works, a canvas taller than the terminal
+    shows its end; then all of it.
+    """
+    out = out or sys.stdout
+    live = out.isatty() and os.environ.get("TERM") != "dumb"
+    colour = live and "NO_COLOR" not in os.environ
+    height, last, shown, first_holes = 0, None, -1.0, None
+    for step, frame in frames(steps, row, start):
+        last, parts = step, pieces(*frame, tokenizer)
+        if live:
+            size = shutil.get_terminal_size()  # each time anew: a window may be resized
+            lines = layout(parts, size.columns - 1, colour)[-max(1, size.lines - 2) :]
+            out.write(over(height) + "\n".join(lines) + "\n")
+            height = len(lines)
+        else:
+            holes = (step.x[row] == tokenizer.mask_id).sum().item()
+            first_holes = first_holes or holes + step.committed[row].sum().item()
+            done = 1 - holes / max(1, first_holes)
+            if done - shown >= 1 / stages or (holes == 0 and shown < 1):
+                text = "\n".join(layout(parts, 10_000, False))
+                out.write(f"--- step {step.step + 1}, {done:.0%} written\n{text}\n")
+                shown = done
+        out.flush()
+        time.sleep(pause if live else 0)
+    if live and last is not None:
+        out.write(over(height) + "\n".join(layout(parts, size.columns - 1, False)) + "\n")
+        out.flush()
+    return last
+
+
+def over(height: int) -> str:
+    """What goes up so many lines and clears the screen from there."""
+    return (f"\x1b[{height}F" if height else "") + "\x1b[J"

@@ -1,0 +1,202 @@
+"""From messages to ids: chat templates, in which nothing that a person types can become a special token.
+
+The template is rendered with one private character in place of each message's content, then cut there: its own pieces
+are encoded with their special tokens, the contents apart from them, as plain text.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from tokenizers import AddedToken
+
+from ..errors import BadInput, BadLuck, check_one_of, check_whole
+from ..files import CONFIG_CAP, confined, one_line, read_json
+from .tokenizer import Tokenizer, display, refuse_surrogates
+
+# LLaDA's own, for directories that bring none.
+LLADA = (
+    "{{ bos_token | default('') }}"
+    "{% for message in messages %}"
+    "<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n{{ message.content }}<|eot_id|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+MARKERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")  # of that template
+TURN_ENDS = ("<|eot_id|>", "<|role_end|>", "<|im_end|>")  # what an answer ends with, besides the end of text
+FILES = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+ROLES = ("system", "user", "assistant")
+TEMPLATE_CAP, PROMPT_CAP = 64 << 10, 1 << 20  # bytes
+RENDER = str(Path(__file__).with_name("render.py"))
+PATIENCE = 20  # seconds by the clock; a template may compute for one of them
+STAND_IN = 0xF0000  # the first of 65,534 code points that mean nothing to Unicode; no template can cut or change one
+Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+
+
+@dataclass
+class ChatTemplate:
+    """A directory's template, and the tokenizer that it goes with. Make one with `load`."""
+
+    tokenizer: Tokenizer
+    source: str  # the Jinja2 program
+    own: bool  # the directory brought it
+    names: dict[str, str]  # bos_token and its like
+    stop_ids: tuple[int, ...]  # what ends an answer
+    rendered: dict[tuple, str] = field(default_factory=dict, repr=False)  # what is known already
+
+    @classmethod
+    def load(cls, directory: str | Path, tokenizer: Tokenizer | None = None) -> "ChatTemplate":
+        """chat_template.jinja, or what tokenizer_config.json has, or LLaDA's. Raises BadInput, BadLuck."""
+        directory = Path(directory)
+        tokenizer = tokenizer or Tokenizer.load(directory)
+        there = {name: confined(directory, name) for name in FILES if os.path.lexists(directory / name)}
+        config, generation = (read_json(there[name], CONFIG_CAP) if name in there else {} for name in FILES[:2])
+        alone = there.get("chat_template.jinja")
+        source = read_template(alone) if alone else default_of(config.get("chat_template"))
+        if source and len(source.encode("utf-8", "replace")) > TEMPLATE_CAP:
+            raise BadInput(f"chat template: expected at most {TEMPLATE_CAP} bytes, got more; use another")
+        protect(tokenizer, source or LLADA)
+        names = special_names(config, tokenizer)
+        return cls(tokenizer, source or LLADA, bool(source), names, stop_ids(generation, tokenizer))
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt for the next answer. Contents lose the space around them, as LLaDA's template has it.
+
+        Where a template puts text rather than a special token right beside a content, the two are not merged into one
+        token, as they may be in the official code. Raises BadInput.
+        """
+        roles = [message["role"] for message in messages]
+        contents = [message["content"].strip() for message in messages]
+        check_size("messages", *contents)
+        for role in roles:
+            check_one_of("role", role, ROLES)
+        check_whole("messages", len(messages), 0, 10_000, "start again")
+        pieces = re.split("([\U000f0000-\U000ffffd])", self.render(roles, contents))  # the odd ones are stand-ins
+        content_of = {chr(STAND_IN + i): content for i, content in enumerate(contents)}
+        if not content_of.keys() >= set(pieces[1::2]) or any("\\udb80" in piece for piece in pieces):  # by tojson
+            raise BadInput("chat template: expected one that leaves contents as they are, got another; use --raw")
+        check_size("chat", *(content_of.get(piece, piece) for piece in pieces))
+        encode = [self.encode_markup, lambda stand_in: self.tokenizer.encode(content_of[stand_in])]
+        return [id for i, piece in enumerate(pieces) for id in encode[i % 2](piece)]
+
+    def encode_markup(self, text: str) -> list[int]:
+        """The ids of the template's own text, in which special tokens are what they look like."""
+        inner = self.tokenizer.inner
+        inner.encode_special_tokens = False
+        try:
+            with one_line("chat template: expected text that the tokenizer can encode", "use another", BaseException):
+                return inner.encode(text, add_special_tokens=False).ids
+        finally:
+            inner.encode_special_tokens = True
+
+    def render(self, roles: list[str], contents: list[str]) -> str:
+        """The text with a stand-in for every content that is not empty: the same for the same roles."""
+        shape = tuple((role, bool(content)) for role, content in zip(roles, contents, strict=True))
+        if shape not in self.rendered:
+            if not self.own:
+                check_markers(self.tokenizer)
+            stand_ins = [chr(STAND_IN + i) if filled else "" for i, (_, filled) in enumerate(shape)]
+            messages = [{"role": r, "content": c} for r, c in zip(roles, stand_ins, strict=True)]
+            context = {**self.names, "messages": messages, "add_generation_prompt": True}
+            self.rendered[shape] = run_template(self.source, {**context, "tools": None, "documents": None})
+        return self.rendered[shape]
+
+    def fit(self, messages: list[Message], room: int) -> tuple[list[Message], list[int]]:
+        """The messages without the oldest turns, as many as make at most `room` tokens, and their ids.
+
+        System messages and the last message stay. Raises BadInput where these alone are too long.
+        """
+        first = next((i for i, message in enumerate(messages) if message["role"] != "system"), 0)
+        while len(ids := self.encode_chat(messages)) > room:
+            if len(messages) - first < 3:
+                raise BadInput(f"message: expected at most {room} tokens with its template, got {len(ids)}; shorten it")
+            messages = messages[:first] + messages[first + 2 :]
+        return messages, ids
+
+
+def run_template(source: str, context: dict) -> str:
+    """Render in a process that can be stopped. Raises BadInput for whatever the template does wrong."""
+    if tuple(map(int, re.findall(r"\d+", version("jinja2"))[:3])) < (3, 1, 6):
+        raise BadLuck(f"jinja2: expected 3.1.6 or newer, got {version('jinja2')}; pip install -U jinja2")
+    job = json.dumps({"path": sys.path, "template": source, "context": context}).encode()
+    try:
+        done = subprocess.run([sys.executable, "-I", RENDER], input=job, capture_output=True, timeout=PATIENCE)
+        answer = json.loads(done.stdout)
+    except (subprocess.TimeoutExpired, ValueError):  # ValueError: it was stopped, and has not answered
+        answer = {"error": "one that takes too much time or memory"}
+    if "error" in answer:
+        raise BadInput(f"chat template: expected one that renders, got {display(answer['error'])}; use another")
+    return answer["text"]
+
+
+def check_size(what: str, *texts: str) -> None:
+    """Refuse more than 1 MB of text, and text that is no Unicode."""
+    if sum(map(len, texts)) > PROMPT_CAP or sum(len(text.encode("utf-8", "replace")) for text in texts) > PROMPT_CAP:
+        raise BadInput(f"{what}: expected at most {PROMPT_CAP} bytes, got more; shorten it")
+    for text in texts:
+        refuse_surrogates(text, what)
+
+
+def read_template(path: Path) -> str:
+    if path.stat().st_size > TEMPLATE_CAP:
+        raise BadInput(f"{path.name}: expected at most {TEMPLATE_CAP} bytes, got more; use another")
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path.name}: expected UTF-8, got a wrong byte at {error.start}; fetch it again") from None
+
+
+def default_of(found: object) -> str | None:
+    """The template in tokenizer_config.json: a text, or the one named "default" in a list."""
+    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
+        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry.get("name"), str)}
+        check_one_of("chat_template", "default", found)
+        found = found["default"]
+    if found is not None and not isinstance(found, str):
+        raise BadInput(f"chat_template: expected a text or a list of named ones, got {type(found).__name__}; mend it")
+    return found
+
+
+def special_names(config: dict, tokenizer: Tokenizer) -> dict[str, str]:
+    """What a template may call bos_token and so on: the strings of the file, else those of the tokenizer."""
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    names = {name: tokenizer.token(id) for name, id in ids.items() if id is not None}
+    for name in (*ids, "unk_token"):
+        found = config.get(name)
+        found = found.get("content") if isinstance(found, dict) else found
+        if isinstance(found, str):
+            names[name] = found
+    return names
+
+
+def stop_ids(generation: dict, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The end of text, what generation_config.json adds, and the end of a turn, each once."""
+    told = generation.get("eos_token_id", [])
+    told = told if isinstance(told, list) else [told]
+    for id in told:
+        check_whole("eos_token_id in generation_config.json", id, 0)
+    found = [tokenizer.eos_id, *told, *map(tokenizer.inner.token_to_id, TURN_ENDS)]
+    return tuple(dict.fromkeys(id for id in found if id is not None))
+
+
+def protect(tokenizer: Tokenizer, source: str) -> None:
+    """Make every marker of the template a special token, even where tokenizer.json calls it ordinary, so that a user
+    cannot type it."""
+    added = {token.content for token in tokenizer.inner.get_added_tokens_decoder().values()}
+    known = [marker for marker in MARKERS if tokenizer.inner.token_to_id(marker) is not None]
+    markers = [text for text in sorted(added | set(known)) if text in source and not text.isspace()]
+    tokenizer.inner.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in markers])
+    tokenizer.special_ids |= {tokenizer.inner.token_to_id(text) for text in markers}
+
+
+def check_markers(tokenizer: Tokenizer) -> None:
+    lacking = [marker for marker in MARKERS if tokenizer.inner.token_to_id(marker) is None]
+    if lacking:
+        what = "chat: expected a chat template in the files or a tokenizer for LLaDA's"
+        raise BadInput(f"{what}, got none and no {' '.join(lacking)}; use --prompt with --raw")

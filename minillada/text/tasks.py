@@ -1,0 +1,394 @@
+"""Toy tasks with known answers: examples to train on, questions, and who says whether they were answered.
+
+`make_task` is a function of its arguments alone. What is held out for the test does not depend on the seed, and each
+task's docstring says what it is. An answer ends with its line, so a checker reads the first line written.
+
+    python -m minillada tasks addition --n 20000 --out data/addition
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import islice, product
+from pathlib import Path
+from typing import NamedTuple
+from zlib import crc32
+
+from ..errors import BadInput, check_one_of, check_whole
+from ..files import listed, write_file
+from .tales import GRAMMAR, NAMES, TALE, tell
+
+
+class Example(NamedTuple):
+    """A question and its answer; its text is prompt + answer + after."""
+
+    prompt: str
+    answer: str
+    after: str = ""  # what stands behind the answer, where that is a gap to be filled
+    kind: str = ""  # accuracies are told apart by it
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.answer + self.after
+
+
+class Task(NamedTuple):
+    """Examples to train on, questions, and check(question, what a model wrote): how much of it is right, 0 to 1."""
+
+    name: str
+    train: list[Example]
+    test: list[Example]
+    check: Callable[[Example, str], float]
+
+
+# ---- checkers
+
+
+def line_of(text: str) -> str:
+    """The first line written, without blanks round it."""
+    return text.lstrip(" ").split("\n")[0].strip()
+
+
+def exact(example: Example, got: str) -> float:
+    return float(line_of(got) == example.answer.strip())
+
+
+def share(example: Example, got: str) -> float:
+    """How many of the answer's parts, cut at commas, are right and in their place."""
+    wanted, parts = example.answer.split(","), line_of(got).split(",")
+    return sum(a == b for a, b in zip(wanted, parts, strict=False)) / len(wanted)
+
+
+def told(example: Example, got: str) -> float:
+    """1 if prompt and line together are a tale of the grammar, whichever."""
+    return float(is_tale(f"{example.prompt} {line_of(got)}"))
+
+
+# ---- generators: (rng, test, parameter) -> endless examples, of the test part or of the other
+
+
+def held_out(key: object) -> bool:
+    """One key in ten is for the test alone."""
+    return crc32(repr(key).encode()) % 10 == 0
+
+
+def pair(rng: random.Random, test: bool, low: int, high: int) -> tuple[int, int]:
+    while True:
+        a, b = rng.randint(low, high), rng.randint(low, high)
+        if held_out((min(a, b), max(a, b))) == test:
+            return a, b
+
+
+def addition(rng: random.Random, test: bool, digits: int) -> Iterator[Example]:
+    """`12+34=` -> `46`. Held out by unordered pair: who is asked 12+34 has seen neither it nor 34+12."""
+    while True:
+        a, b = pair(rng, test, 10 ** (digits - 1), 10**digits - 1)
+        yield Example(f"{a}+{b}=", str(a + b))
+
+
+def sums(rng: random.Random, test: bool, terms: int) -> Iterator[Example]:
+    """`12+34,07+93=` -> `00046,00100`: a long answer whose parts can all be filled in at once, each as wide as its
+    question, so that the two stand a fixed distance apart. Held out by unordered pair, as for `addition`.
+    """
+    while True:
+        pairs = [pair(rng, test, 0, 99) for _ in range(terms)]
+        yield Example(",".join(f"{a:02}+{b:02}" for a, b in pairs) + "=", ",".join(f"{a + b:05}" for a, b in pairs))
+
+
+def reverse(rng: random.Random, test: bool, length: int) -> Iterator[Example]:
+    """`stone=` -> `enots`, random letters, three up to `length`. Held out by word, read either way."""
+    while True:
+        word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, length)))
+        if held_out(min(word, word[::-1])) == test:
+            yield Example(f"{word}=", word[::-1])
+
+
+SURNAMES = """Abbott Barlow Carver Dalton Ellery Fenwick Garland Hobson Ingram Jarvis Kendall Langley Mercer Norwood
+Osborne Penrose Quincy Redfern Sheldon Thorne Upton Vickers Waverly Yardley"""
+TRADES = "baker cooper miller tailor potter weaver doctor ferryman printer glazier saddler teacher"
+TOWNS = """Alderbrook Birchwick Cobham Dunmere Eastholt Foxley Greendale Hartwell Ivybridge Kingsmoor Larkfield Millbank
+Netherby Oakham Pinewood Queensbury Rosedale Stonegate Thornbury Underhill Westmere Yarrow"""
+ROLES = [f"the {trade} of {town}" for trade, town in product(TRADES.split(), TOWNS.split())]
+MIDDLES = [" is", " is known as", " has long been"]
+ASKED = MIDDLES[-1]  # and not " is", which "known as" may follow
+
+
+@cache
+def world(n: int) -> tuple[list[tuple[str, str]], list[Example]]:
+    """What is told of n people, (first, last), and every question. A third are told with the name first, a third with
+    the role first, a third both ways."""
+    rng = random.Random("facts")
+    names = [f"{first} {last}" for first in " ".join(NAMES.values()).split() for last in SURNAMES.split()]
+    statements, questions = [], []
+    for i, (name, role) in enumerate(zip(rng.sample(names, n), rng.sample(ROLES, n), strict=True)):
+        both = [(name, role), (role, name)]
+        ways = [both[:1], both[1:], both][i % 3]
+        statements += ways
+        for first, last in both:
+            kind = "told both ways" if ways == both else "as told" if (first, last) in ways else "reversed"
+            questions.append(Example(first + ASKED, f" {last}.", kind=kind))
+        if ways != both:
+            first, last = ways[0]
+            questions.append(Example("", first, f" is {last}.", "reversed by filling"))
+    return statements, questions
+
+
+def facts(rng: random.Random, test: bool, n: int) -> Iterator[Example]:
+    """`Ada Barlow has long been` -> ` the miller of Cobham.`, for the reversal curse (arXiv:2309.12288); n people.
+
+    Held out is the direction in which a fact was not told. Kinds of question: `as told`; `reversed`, a phrase known
+    from other facts; `reversed by filling`, the gap at the start of the sentence as told; `told both ways`, a control.
+    """
+    statements, questions = world(n)
+    while True:
+        if test:
+            yield rng.choice(questions)
+        else:
+            first, last = rng.choice(statements)
+            yield Example(first + rng.choice(MIDDLES), f" {last}.")
+
+
+@cache
+def places(box: int) -> list[tuple[int, int, int]]:
+    """Of every cell, the numbers of its row, column and box among all 3 * side units."""
+    side = box * box
+    return [(r, side + c, 2 * side + r // box * box + c // box) for r in range(side) for c in range(side)]
+
+
+@cache
+def peers(box: int) -> list[list[int]]:
+    """Of every cell, the cells it shares a unit with."""
+    return [[i for i, other in enumerate(places(box)) if set(units) & set(other)] for units in places(box)]
+
+
+def solutions(cells: list[int], box: int, rng: random.Random | None = None) -> Iterator[list[int]]:
+    """Every way to fill the empty cells (0) of a board in reading order: depth first, the cell with the fewest digits
+    possible first, digits in random order if there is an rng."""
+    side, where, cells = box * box, places(box), list(cells)
+    full, used = (1 << side) - 1, [0] * 3 * side  # bit d - 1: digit d
+    for cell, digit in enumerate(cells):
+        for unit in where[cell]:
+            if digit and used[unit] & 1 << digit - 1:
+                return
+            used[unit] |= 1 << digit >> 1
+
+    def fill(empty: list[int]) -> Iterator[list[int]]:
+        if not empty:
+            yield list(cells)
+            return
+        best, free, fewest = -1, 0, side + 1
+        for cell in empty:
+            r, c, b = where[cell]
+            bits = full & ~(used[r] | used[c] | used[b])
+            if (count := bits.bit_count()) < fewest:
+                best, free, fewest = cell, bits, count
+                if count < 2:
+                    break
+        rest = [cell for cell in empty if cell != best]
+        digits = [d for d in range(1, side + 1) if free & 1 << d - 1]
+        for digit in rng.sample(digits, len(digits)) if rng else digits:
+            for unit in where[best]:
+                used[unit] ^= 1 << digit - 1
+            cells[best] = digit
+            yield from fill(rest)
+            for unit in where[best]:
+                used[unit] ^= 1 << digit - 1
+
+    yield from fill([cell for cell, digit in enumerate(cells) if not digit])
+
+
+def dig(solution: list[int], box: int, rng: random.Random) -> list[int]:
+    """The solution with 3/8 to 5/8 of its cells emptied, fewer if need be, so that no other solution fits."""
+    puzzle, size = list(solution), box**4
+    left = rng.randint(size * 3 // 8, size * 5 // 8)
+    for cell in rng.sample(range(size), size):
+        if not left:
+            break
+        digit = puzzle[cell]
+        others = set(range(1, box * box + 1)) - {puzzle[peer] for peer in peers(box)[cell]} - {digit}
+        fits = (next(solutions([*puzzle[:cell], other, *puzzle[cell + 1 :]], box), None) for other in others)
+        if not any(fits):
+            puzzle[cell] = 0
+            left -= 1
+    return puzzle
+
+
+@cache
+def boards() -> tuple[list[list[int]], list[list[int]]]:
+    """The 288 solved 4x4 boards in two parts, to train on and for the test.
+
+    No board becomes one of the other part by renaming its digits and turning or mirroring it: the 24 * 8 symmetries
+    leave five classes, of 24, 24, 48, 96 and 96 boards, and the last is held out. (All 3072 symmetries, with swaps of
+    rows, would leave only two.)
+    """
+
+    def renamed(board: list[int]) -> tuple[int, ...]:
+        names: dict[int, int] = {}
+        return tuple(names.setdefault(digit, len(names)) for digit in board)
+
+    def shapes(board: list[int]) -> Iterator[tuple[int, ...]]:
+        for _ in range(4):
+            board = [board[4 * (3 - c) + r] for r in range(4) for c in range(4)]  # a quarter turn
+            yield renamed(board)
+            yield renamed([board[4 * c + r] for r in range(4) for c in range(4)])  # mirrored
+
+    classes: dict[tuple[int, ...], list[list[int]]] = {}
+    for board in solutions([0] * 16, 2):
+        classes.setdefault(min(shapes(board)), []).append(board)
+    *train, test = sorted(classes.values(), key=len)
+    return [board for part in train for board in part], test
+
+
+def vary(rng: random.Random, box: int) -> Callable[[list[int]], list[int]]:
+    """A random symmetry of the boards: digits renamed, rows and columns exchanged within and with their boxes."""
+    side = box * box
+    names = [0, *rng.sample(range(1, side + 1), side)]
+    rows, columns = (
+        [box * b + i for b in rng.sample(range(box), box) for i in rng.sample(range(box), box)] for _ in "rc"
+    )
+    return lambda board: [names[board[side * r + c]] for r in rows for c in columns]
+
+
+def sudoku(rng: random.Random, test: bool, box: int) -> Iterator[Example]:
+    """A board in reading order, `.` where it is empty -> the only solution.
+
+    Held out for box 2 (4x4): see `boards`. For box 3 (9x9) the test has boards of its own, of five billion that no
+    symmetry makes equal; to train on, 16 are made of each by `vary`, since digging takes 20 ms.
+    """
+    while True:
+        solution = rng.choice(boards()[test]) if box == 2 else next(solutions([0] * box**4, box, rng))
+        puzzle = dig(solution, box, rng)
+        for change in [list] if box == 2 or test else [vary(rng, box) for _ in range(16)]:
+            question, answer = ("".join(map(str, change(board))) for board in (puzzle, solution))
+            yield Example(question.replace("0", ".") + "=", answer)
+
+
+def read(template: str, text: str, rolls: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Every way in which the text can begin as the template says: what is left of it, and the rolls that do it."""
+    letters, _, rest = template.partition("{")
+    if not text.startswith(letters):
+        return
+    if letters == template:
+        yield text[len(letters) :], rolls
+        return
+    word, _, rest = rest.partition("}")
+    columns = next(columns for columns in GRAMMAR if word in columns.split("|"))
+    for row in [rolls[columns]] if columns in rolls else GRAMMAR[columns]:
+        phrase = row.split("|")[columns.split("|").index(word)]
+        yield from read(phrase + rest, text[len(letters) :], {**rolls, columns: row})
+
+
+def is_tale(text: str) -> bool:
+    """Can the grammar of tales.py tell this, to the last letter?"""
+    return any(not left for left, _ in read(TALE, text, {}))
+
+
+def tale(rng: random.Random) -> tuple[str, dict[str, str]]:
+    """A tale and its words."""
+    rolls = {columns: rng.choice(rows) for columns, rows in GRAMMAR.items()}
+    words = {}
+    for columns, row in rolls.items():
+        words |= zip(columns.split("|"), row.split("|"), strict=True)
+    return tell(rolls), words
+
+
+def tales(rng: random.Random, test: bool, _: int) -> Iterator[Example]:
+    """The first sentence of a tale -> the rest; any that the grammar can tell is right. Held out by first sentence.
+
+    The exact entropy of a text with a tale in each line is `tales.entropy_per_character`.
+    """
+    while True:
+        text, _ = tale(rng)
+        opening, _, rest = text.partition(". ")
+        if held_out(opening) == test:
+            yield Example(f"{opening}.", f" {rest}")
+
+
+QUESTIONS = {
+    "name": "Who lost the {thing}?",
+    "thing": "What did {name} lose?",
+    "colour": "What colour was the {thing}?",
+    "friend": "Who helped {name}?",
+    "food": "What did the {friend} want?",
+    "place": "Where did {name} live?",
+}
+
+
+def questions(rng: random.Random, test: bool, _: int) -> Iterator[Example]:
+    """A tale and `Who lost the kite?` -> ` Ada`; its kind is what is asked. Held out by hero, friend and food."""
+    while True:
+        text, words = tale(rng)
+        asked = rng.choice(list(QUESTIONS))
+        if held_out((words["name"], words["friend"], words["food"])) == test:
+            yield Example(f"{text} {QUESTIONS[asked].format(**words)}", f" {words[asked]}", kind=asked)
+
+
+class Recipe(NamedTuple):
+    make: Callable[[random.Random, bool, int], Iterator[Example]]
+    check: Callable[[Example, str], float] = exact
+    default: int = 0  # the generator's parameter
+    least: int = 0  # what a user may ask for, `addition:3`; 0 to 0: nothing
+    most: int = 0
+
+
+TASKS: dict[str, Recipe] = {
+    "addition": Recipe(addition, exact, 2, 1, 9),
+    "sums": Recipe(sums, share, 8, 1, 512),
+    "reverse": Recipe(reverse, exact, 8, 3, 64),
+    "facts": Recipe(facts, exact, 240, 3, len(ROLES)),
+    "sudoku4": Recipe(sudoku, exact, 2),
+    "sudoku9": Recipe(sudoku, exact, 3),
+    "tales": Recipe(tales, told),
+    "questions": Recipe(questions),
+}
+
+
+def make_task(spec: str, n: int, seed: int = 0, n_test: int = 500) -> Task:
+    """n examples to train on, drawn with repetition, and at most n_test questions, all different. Raises BadInput.
+
+    spec: a name of `TASKS`, and for some a number: the digits of `addition:3`, the terms of `sums:32`, the longest word
+    of `reverse:8`, the people of `facts:240`.
+    """
+    name, colon, parameter = spec.partition(":")
+    check_one_of("task", name, TASKS)
+    recipe = TASKS[name]
+    if colon and not (parameter.isdecimal() and recipe.least <= int(parameter) <= recipe.most):
+        expected = f"a number from {recipe.least} to {recipe.most}" if recipe.most else "none"
+        raise BadInput(f"task {name}: expected {expected} after the colon, got {parameter!r}; mend it")
+    check_whole("n", n, 0)
+    check_whole("n_test", n_test, 0)
+    value = int(parameter) if colon else recipe.default
+    train = list(islice(recipe.make(random.Random(f"{seed} train"), False, value), n))
+    test: dict[Example, None] = {}
+    for question in islice(recipe.make(random.Random(f"{seed} test"), True, value), 30 * n_test):
+        test[question] = None
+        if len(test) == n_test:
+            break
+    return Task(name, train, list(test), recipe.check)
+
+
+# ---- files
+
+
+def json_of(example: Example) -> str:
+    fields = {name: value for name, value in example._asdict().items() if value or name in ("prompt", "answer")}
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def write_task(task: Task, directory: str | Path) -> dict[str, Path]:
+    """train.txt, a text to pre-train on with an example in each line; train.jsonl and test.jsonl, an object in each.
+
+    Raises BadInput if one of them exists, BadLuck if it cannot be written.
+    """
+    lines = {
+        "train.txt": (example.text for example in task.train),
+        "train.jsonl": map(json_of, task.train),
+        "test.jsonl": map(json_of, task.test),
+    }
+    paths = {name: Path(directory) / name for name in lines}
+    if found := [str(path) for path in paths.values() if path.exists()]:
+        raise BadInput(f"out: expected a place for new files, got {listed(found)}; choose another directory")
+    for name, path in paths.items():
+        write_file(path, (f"{line}\n".encode() for line in lines[name]))
+    return paths

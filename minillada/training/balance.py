@@ -1,0 +1,124 @@
+"""Keeping the experts of a mixture busy: what training adds to its loss, what it does to biases, what it reports.
+
+Of the N tokens that a layer routes, masked and visible alike, each visits K of E experts. The load of an expert is its
+share of the N*K visits, 1/E when balanced; it is counted and has no gradient. What has one is P, how probable the
+router thinks each expert. There is no capacity: no token is ever dropped, however uneven the load.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ReduceOp
+
+from ..errors import BadInput
+from ..model import MoE
+from .distributed import reduce
+
+
+class Routing(NamedTuple):
+    """Where one layer sent the tokens of one evaluation."""
+
+    moe: MoE
+    logits: Tensor  # (N,E) float32, what the router said; N may be 0
+    experts: Tensor  # (N,K) long
+
+    def visits(self) -> Tensor:
+        """How many tokens visited each expert, (E,)."""
+        return self.experts.flatten().bincount(minlength=self.moe.c.n_expert)
+
+    def probabilities(self) -> Tensor:
+        """P of every token, (N,E): the softmax, or the sigmoids made to sum to one, in either case without the bias."""
+        if self.moe.c.router == "softmax":
+            return self.logits.softmax(-1)
+        return self.logits.sigmoid() / self.logits.sigmoid().sum(-1, keepdim=True)
+
+    def mean(self, per_token: Tensor) -> Tensor:
+        """The mean over tokens (N,...), 0 of none."""
+        return per_token.sum(0) / max(1, len(self.logits))
+
+
+@contextmanager
+def watch_routing(model: nn.Module, valid: Tensor | None = None) -> Iterator[list[Routing]]:
+    """Watch the evaluations inside the block; when it ends the list has a Routing for each and every MoE layer.
+
+    valid: bool (B,T), False = padding, which is routed but does not count. The last layer of `model(x, where=...)`
+    routes those places alone, and they all count. Backward passes belong after the block: in them activation
+    checkpointing (not the reentrant kind) evaluates again what was seen already. Raises BadInput if hooks do not run.
+    """
+    seen: list[tuple[MoE, Tensor]] = []
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    hooks = [moe.router.register_forward_hook(lambda *call, moe=moe: seen.append((moe, call[-1]))) for moe in layers]
+    found: list[Routing] = []
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if layers and not seen:
+        raise BadInput("routing: expected an evaluation to watch, got none or a compiled one; leave compile out")
+    for moe, logits in seen:
+        if valid is not None and len(logits) == valid.numel():
+            logits = logits[valid.flatten()]
+        found.append(Routing(moe, logits, moe.route(logits.detach())[1]))
+
+
+def balance_loss(r: Routing) -> Tensor:
+    """E * sum over experts of f_e P_e, f_e the share of the tokens that visit e (arXiv:2101.03961, eq. 4).
+
+    As in LLaDA-MoE's code f is not divided by K: balanced is K; all tokens on the same K experts is E, the largest.
+    """
+    return r.moe.c.n_expert * r.visits() / max(1, len(r.experts)) @ r.mean(r.probabilities())
+
+
+def z_loss(r: Routing) -> Tensor:
+    """The mean of logsumexp(logits)^2, which keeps logits small (arXiv:2202.08906, eq. 5)."""
+    return r.mean(r.logits.logsumexp(-1).square())
+
+
+def auxiliary_loss(routings: list[Routing], balance: float, z: float) -> Tensor | float:
+    """What to add to the loss: both of the above times their coefficients, averaged over layers; 0 without any."""
+    return sum(balance * balance_loss(r) + z * z_loss(r) for r in routings) / max(1, len(routings))
+
+
+def loads(routings: list[Routing]) -> dict[MoE, Tensor]:
+    """Each layer's share of visits by expert (E,), over all evaluations and processes. It sums to one."""
+    visits: dict[MoE, Tensor] = {}
+    for r in routings:
+        visits[r.moe] = visits.get(r.moe, 0) + r.visits()
+    total = reduce(torch.stack(list(visits.values())), ReduceOp.SUM)
+    return dict(zip(visits, total / total.sum(1, keepdim=True).clamp(min=1), strict=True))
+
+
+@torch.no_grad()
+def move_biases(routings: list[Routing], rate: float) -> None:
+    """Balance without a loss (arXiv:2408.15664): raise by `rate` the bias that picks an expert where its load is below
+    1/E, lower it where above. No visit weighs more or less for it. Raises BadInput for a router without such a bias."""
+    for moe, load in loads(routings).items():
+        if moe.c.router != "sigmoid":
+            what = f"bias_rate: expected 0 for a {moe.c.router} router, which has no bias to pick experts with"
+            raise BadInput(f"{what}, got {rate}; use balance")
+        moe.router_bias += rate * (1 / moe.c.n_expert - load).sign()
+
+
+@torch.no_grad()
+def routing_report(routings: list[Routing]) -> dict:
+    """Numbers for a log; {} of a dense model.
+
+    balance_loss, z_loss: averaged over layers, without coefficients. load: by layer and expert. imbalance: the largest
+    load over the balanced one, 1 to E/K. router_entropy: of P, in nats, by layer; 0 to ln E.
+    """
+    if not routings:
+        return {}
+    shares, entropies = loads(routings), {}
+    for r in routings:
+        entropies.setdefault(r.moe, []).append(r.mean(torch.special.entr(r.probabilities()).sum(-1)).item())
+    return {
+        "balance_loss": auxiliary_loss(routings, 1.0, 0.0).item(),
+        "z_loss": auxiliary_loss(routings, 0.0, 1.0).item(),
+        "imbalance": max(len(load) * load.max().item() for load in shares.values()),
+        "router_entropy": [round(sum(values) / len(values), 4) for values in entropies.values()],
+        "load": [[round(share, 4) for share in load.tolist()] for load in shares.values()],
+    }

@@ -1,0 +1,188 @@
+"""The same training in several processes, started by `torchrun --standalone --nproc_per_node=N train_tiny.py …`.
+
+Every process draws the same batch and the same noise and takes its own rows of them; gradients are averaged (DDP), or
+averaged and sharded together with the weights and the optimisers' state (FSDP2). So the number of processes changes
+how fast a run is and not what it computes, but for rounding. The process of rank 0 alone writes and prints.
+
+Without torchrun there is one process, and nothing here does anything. Decisions travel as small tensors on the CPU.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ..errors import BadInput, BadLuck
+from ..model import LLaDA
+from .config import TrainConfig
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Meet the other processes that torchrun started, if it did; those of rank 1 and above fall silent."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+    dist.init_process_group()  # gloo for tensors on the CPU, NCCL for those on a GPU
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
+        try:
+            yield
+            dist.barrier()  # what still held a tensor while Python shuts down would abort the process
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "Connection" not in str(error) and "gloo" not in str(error):
+                raise
+            what = f"process {rank()}: expected all {world_size()} processes to go on, got a lost one"
+            raise BadLuck(f"{what}; see what that one said, then use --resume") from error
+        finally:
+            dist.destroy_process_group()
+
+
+def reduce(tensor: Tensor, how: dist.ReduceOp.RedOpType = dist.ReduceOp.MAX) -> Tensor:
+    """The largest (or the sum, …) of every element over all processes."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, how)
+    return tensor
+
+
+def agree(*values: float) -> list[float]:
+    """The same numbers in every process: the largest of each."""
+    return reduce(torch.tensor(values, dtype=torch.float64)).tolist()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Whoever fails in here, all end: the first of those that failed with its error, the others silently with 2.
+
+    Inside, nothing may wait for another process.
+    """
+    failure = None
+    try:
+        yield
+    except (BadInput, OSError) as error:
+        failure = error
+    (first,) = agree(-rank() if failure else -world_size())
+    if failure and -first == rank():
+        raise failure
+    if -first < world_size():
+        sys.exit(2)
+
+
+def in_turn(make: Callable[[], T]) -> T:
+    """make() in rank 0, and then in the others, which find the files that it wrote."""
+    with together():
+        made = make() if rank() == 0 else None
+    with together():
+        return make() if rank() else made
+
+
+def check_same(what: str, fingerprint: str) -> None:
+    """Raise BadInput unless every process has the same fingerprint (hex)."""
+    number = int(fingerprint[:12], 16)
+    if agree(number, -number) != [number, -number]:
+        raise BadInput(f"{what}: expected the same in every process, got different ones; share one directory")
+
+
+def check_share(config: TrainConfig) -> None:
+    """Raise BadInput unless the batch is dealt out evenly."""
+    parts = world_size() * config.accumulate
+    if config.batch_size % parts:
+        what = f"batch_size: expected a multiple of {parts} (processes times accumulate), got {config.batch_size}"
+        raise BadInput(f"{what}; choose another")
+
+
+def share(n: int, parts: int = 1) -> list[Tensor]:
+    """The rows of n that are this process's, as many in each: in `parts`, dealt out one by one, some twice if need be.
+
+    Masking levels are stratified in the order of the rows, so that every part gets low and high ones.
+    """
+    size = world_size() * parts
+    return [torch.arange(rank() + i * world_size(), -(-n // size) * size, size) % n for i in range(parts)]
+
+
+def spread(model: LLaDA, config: TrainConfig) -> nn.Module:
+    """Move a model from the CPU to its device, and return what to call in its place in training.
+
+    With config.shard the model itself is sharded, in place and layer by layer: it may be too large for one device.
+    """
+    called: nn.Module = model
+    if world_size() > 1 and config.shard:
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    else:
+        model.to(config.device)
+        called = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size() > 1 else model
+    return torch.compile(called) if config.compile else called
+
+
+def synchronise(model: nn.Module, on: bool) -> None:
+    """Whether the next backward pass exchanges gradients: of several that add up, only the last one need.
+
+    But sharded ones always do: until they are exchanged, every process would have all of them.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = on
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, in every process; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(state: object) -> object:
+    """A state dict with its sharded tensors put together one by one, on the CPU of rank 0; elsewhere they are None."""
+    if isinstance(state, DTensor):
+        whole = state.full_tensor()
+        return None if rank() else whole.cpu()
+    if isinstance(state, dict):
+        return {key: gathered(value) for key, value in state.items()}
+    return [gathered(value) for value in state] if isinstance(state, list) else state
+
+
+def unsharded(model: LLaDA) -> LLaDA:
+    """The model itself, or one like it that holds in rank 0 all that is sharded. Every process must call this."""
+    if not isinstance(model, FSDPModule):
+        return model
+    state = gathered(model.state_dict())
+    with torch.device("meta"):
+        plain = LLaDA(model.config)
+    if rank() == 0:
+        plain.load_state_dict(state, assign=True)
+        if model.config.tie_head:
+            plain.head.weight = plain.embed.weight
+    return plain
+
+
+def load_optimizer(optimizer: Optimizer, state: dict) -> None:
+    """Restore what a run of any number of processes saved: whole tensors, sharded here as the weights are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def placed(tensor: object, p: nn.Parameter) -> object:
+        if not isinstance(p, DTensor) or not isinstance(tensor, Tensor) or tensor.shape != p.shape:
+            return tensor
+        return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+    of = {i: {name: placed(t, parameters[i]) for name, t in s.items()} for i, s in state["state"].items()}
+    optimizer.load_state_dict(state | {"state": of})

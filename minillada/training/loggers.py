@@ -1,0 +1,64 @@
+"""Where else a run's numbers may go: TensorBoard or Weights & Biases, each imported only where it is asked for.
+
+`RUN/log.jsonl` is always written, and is the truth (`runs.py`); a logger here is a function that is given every record
+of it.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..errors import BadInput, check_one_of
+
+Log = Callable[[dict], None]
+
+
+def scalars(record: dict) -> Iterator[tuple[str, float]]:
+    """The numbers of a record by name, but for the step; the loss at masking level 0.5 is called levels/0.50."""
+    for name, value in record.items():
+        if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield name, value
+    for t, nats in record.get("levels") or ():
+        if nats is not None:
+            yield f"levels/{t:.2f}", nats
+
+
+def tensorboard(directory: Path, config: dict) -> Log:
+    """Event files in RUN/tensorboard, whole after every evaluation: `tensorboard --logdir RUN`."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = None
+
+    def log(record: dict) -> None:
+        nonlocal writer
+        if writer is None:  # hides what an interrupted run wrote of this step and of later ones
+            writer = SummaryWriter(str(directory / "tensorboard"), purge_step=record["step"])
+            writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
+        for name, value in scalars(record):
+            writer.add_scalar(name, value, record["step"])
+        if record.get("bound") is not None:
+            writer.flush()
+
+    return log
+
+
+def wandb(directory: Path, config: dict) -> Log:
+    """A run of Weights & Biases named like the run directory, in the project "minillada". A resumed run is a new one
+    of the same name. Who is logged in, and whether anything is sent, is for `wandb login` and $WANDB_MODE to say."""
+    import wandb
+
+    run = wandb.init(project="minillada", name=directory.name, dir=str(directory), config=config)
+    return lambda record: run.log(dict(scalars(record)), step=record["step"])
+
+
+LOGGERS: dict[str, Callable[[Path, dict], Log]] = {"tensorboard": tensorboard, "wandb": wandb}
+
+
+def make(name: str, directory: str | Path, config: dict) -> Log:
+    """The logger of that name, for the run in `directory`. Raises BadInput for an unknown name, or if its package is
+    not installed."""
+    check_one_of("logger", name, LOGGERS)
+    try:
+        return LOGGERS[name](Path(directory), config)
+    except ImportError as error:
+        fix = f"pip install 'minillada[{name}]'"
+        raise BadInput(f"logger: expected the package {name}, got {error}; {fix}") from None

@@ -1,0 +1,90 @@
+"""LoRA: a frozen matrix and a small one of low rank beside it, which alone learns (arXiv:2106.09685).
+
+    y = W x + scale * up(down(x)),    down (r,in) random, up (out,r) zero at first, so nothing has changed yet
+
+In the four projections of every attention. Experts stay as they are, with their routers: they are stacked tensors, most
+of a mixture's weights, and each sees few of the tokens; so do feed-forwards, embedding, head and norms. W keeps its
+dtype, which is what is computed in; the adapters are float32, for steps too small for bfloat16.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from ..errors import BadInput, check_whole
+from ..model import LLaDA
+
+SCALE = 2.0  # of what the adapters add, whatever their rank: alpha = 2 r
+
+
+class LoRA(nn.Linear):
+    """A linear layer, its own weight and bias frozen, with an adapter."""
+
+    on = True  # whether the adapter adds anything
+
+    def __init__(self, base: nn.Linear, rank: int, rng: Generator) -> None:
+        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        down = torch.randn(rank, base.in_features, generator=rng) * base.in_features**-0.5
+        self.down = nn.Parameter(down.to(base.weight.device))
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if not self.on:
+            return y
+        return y + SCALE * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+
+    def merged(self) -> Tensor:
+        """The one matrix that does the same, in the dtype of W, rounded once."""
+        return (self.weight.float() + SCALE * self.up @ self.down).to(self.weight.dtype)
+
+
+def adapt(model: LLaDA, rank: int, rng: Generator) -> LLaDA:
+    """Freeze a model and give it adapters, in place. Raises BadInput for one that has some, or is quantized."""
+    check_whole("lora", rank, 1, model.config.d_model)
+    model.requires_grad_(False)
+    for layer in model.layers:
+        for name in ("q", "k", "v", "o"):
+            if type(getattr(layer.attn, name)) is not nn.Linear:  # what PyTorch parametrizes is of a class of its own
+                raise BadInput("lora: expected a model as loaded, got an adapted or quantized one; load it anew")
+            setattr(layer.attn, name, LoRA(getattr(layer.attn, name), rank, rng))
+    return model
+
+
+def adapters(model: nn.Module) -> nn.ParameterList:
+    """What learns of an adapted model, the very parameters, in the order of its layers."""
+    found = [module for module in model.modules() if isinstance(module, LoRA)]
+    return nn.ParameterList(p for module in found for p in (module.down, module.up))
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is what it was before it was adapted: a frozen reference that costs no memory."""
+    found = [module for module in model.modules() if isinstance(module, LoRA)]
+    for module in found:
+        module.on = False
+    try:
+        yield
+    finally:
+        for module in found:
+            module.on = True
+
+
+@torch.no_grad()
+def merged(model: LLaDA) -> LLaDA:
+    """A plain model that does the same. It shares every tensor with the adapted one but the merged matrices."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, LoRA):
+            state[f"{name}.weight"] = module.merged()
+            del state[f"{name}.down"], state[f"{name}.up"]
+    with torch.device("meta"):
+        plain = LLaDA(model.config)
+    plain.load_state_dict(state, assign=True)
+    if model.config.tie_head:
+        plain.head.weight = plain.embed.weight
+    return plain

@@ -1,0 +1,285 @@
+"""Run directories that survive a kill at any moment: the log, the checkpoints, and all that resuming exactly needs.
+
+    RUN/run.json                     what was asked for, written once
+    RUN/log.jsonl                    one JSON object per line
+    RUN/checkpoints/step-00000500/   a Hugging Face directory, with the state of the training beside the model:
+        optimizer.safetensors        its tensors,
+        state.json                   the rest of it,
+        manifest.json                sizes and SHA-256 of all the others, written last
+    RUN/.lock                        held while a process works here
+
+A checkpoint is written under a temporary name, flushed to the disk, and only then renamed: whatever bears its own name
+is whole. Faults of the environment leave here as BadLuck, in one line.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor, nn
+
+from .. import files
+from ..errors import BadInput, BadLuck
+from ..files import LEFTOVER, checkpoints_of, newest_checkpoint, one_line, temporary
+from ..weights import checkpoint
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+
+class Run(AbstractContextManager):
+    """A run's directory, locked while this is open: `with Run.create(directory, config) as run`, or `Run.resume`.
+
+    Of several processes that train together one leads; the others (leads=False) lock nothing and write nothing.
+    """
+
+    def __init__(self, directory: Path, leads: bool = True) -> None:
+        self.directory, self.checkpoints, self.log_file = directory, directory / "checkpoints", directory / "log.jsonl"
+        self.config: dict = {}
+        self.newest: Path | None = None  # the newest whole checkpoint
+        self.notices: list[str] = []  # lines the user should see; the library does not print
+        self.leads, self._lock = leads, None
+        if not leads:
+            return
+        with one_line(f"run directory: expected to write in {directory}", "choose another --out"):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock = open(directory / ".lock", "ab")  # noqa: SIM115 (close() closes it)
+        with one_line(f"run directory: expected to lock {directory}", "choose another --out", undo=self.close):
+            try:
+                if fcntl:  # either lock goes when the process ends, however it ends
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                else:
+                    msvcrt.locking(self._lock.fileno(), msvcrt.LK_NBLCK, 1)
+            except (BlockingIOError, PermissionError):  # as POSIX and as Windows say it
+                what = f"run directory: expected no other process in {directory}, got one that holds its lock"
+                raise BadLuck(f"{what}; wait for it or choose another --out") from None
+
+    @classmethod
+    def create(cls, directory: str | Path, config: dict, leads: bool = True) -> "Run":
+        """Begin a run in a new or empty directory. Raises BadInput if it is neither, BadLuck if someone else is in."""
+        directory = Path(directory)
+        if not leads:
+            return cls(directory, leads)
+        refuse_occupied(directory)  # before a lock file is left in somebody's home
+        run = cls(directory)
+        with one_line(f"run directory: expected to write in {directory}", "choose another --out", undo=run.close):
+            refuse_occupied(directory)  # and again, for another process may have come and gone
+            files.write_json(directory / "run.json", config)
+            run.checkpoints.mkdir()
+            files.sync_directory(directory)
+            run.config = config
+        return run
+
+    @classmethod
+    def resume(cls, directory: str | Path, leads: bool = True) -> "Run":
+        """Go on from the newest whole checkpoint, as if nothing had come after it.
+
+        A newer one that is damaged is named in `notices` and set aside as corrupt-step-…; log lines of later steps
+        are cut off. Raises BadInput if this is no run or has no whole checkpoint, BadLuck if someone else is in.
+        """
+        directory = Path(directory)
+        if not (directory / "run.json").is_file():
+            raise BadInput(f"run directory: expected one with a run.json, got {directory}; check its name")
+        run = cls(directory, leads)
+        with one_line(f"run directory: expected to read and write {directory}", "mend that", undo=run.close):
+            run.config = files.read_json(directory / "run.json", files.CONFIG_CAP)
+            run.newest, damaged = newest_checkpoint(directory)
+            if run.newest is None:
+                found = "; ".join(damaged.values()) or "none"
+                raise BadInput(f"checkpoint: expected a whole one in {directory}, got {found}; choose another --out")
+            if not leads:
+                return run
+            for path, reason in damaged.items():
+                aside = path.with_name(f"corrupt-{path.name}")
+                discard(aside)
+                os.replace(path, aside)
+                run.notices.append(f"{path.name} is damaged, now {aside.name}; using {run.newest.name} ({reason})")
+            for leftover in (*directory.glob(LEFTOVER), *run.checkpoints.glob(LEFTOVER)):
+                discard(leftover)
+            truncate_log(run.log_file, step_of(run.newest))
+        return run
+
+    def log(self, record: dict) -> None:
+        """Append one line of strict JSON; a float that is not finite becomes null. resume() cuts by its "step"."""
+        if not self.leads:
+            return
+        line = json.dumps(finite(record), allow_nan=False).encode() + b"\n"
+        with one_line("log: expected to add a line", "make room and resume"), open(self.log_file, "ab") as file:
+            file.write(line)
+
+    def save(
+        self, step: int, model: nn.Module, tokenizer: Any, state: dict, keep: int = 3, best: int | None = None
+    ) -> Path:
+        """Write the checkpoint of a step; return its path once the disk has it and the old ones are dropped.
+
+        state: dicts, lists and tuples of numbers, strings, None and tensors that share no memory; see `load_state`.
+        The last `keep` checkpoints stay (0: all), and that of step `best`. A step is saved once: the second time
+        changes nothing. Raises BadLuck if it cannot be written; the earlier ones are then as they were.
+        """
+        target = self.checkpoints / f"step-{step:08d}"
+        if target.exists() or not self.leads:
+            return target
+        draft = temporary(target)
+        tensors: dict[str, Tensor] = {}
+        document = json.dumps(split(state, tensors), allow_nan=False).encode()
+        files.check_space(self.directory, sum(t.nbytes for t in (*model.state_dict().values(), *tensors.values())))
+        with one_line(f"checkpoint: expected to write {target}", "make room and resume", undo=lambda: discard(draft)):
+            draft.mkdir()
+            checkpoint.save(model, draft, tokenizer)
+            hashed = files.read_json(draft / files.MANIFEST, files.CONFIG_CAP)["files"]
+            save_file(tensors, draft / "optimizer.safetensors")
+            hashed["state.json"] = files.write_file(draft / "state.json", [document])
+            flush(draft / "optimizer.safetensors")  # the other writers flush their own files,
+            files.write_manifest(draft, hashed)  # and this one the draft's names too
+            if self.log_file.exists():
+                flush(self.log_file)  # no log ends before its checkpoint
+            os.replace(draft, target)
+            files.sync_directory(self.checkpoints)
+        self.newest = target
+        for old in checkpoints_of(self.directory)[:-keep]:
+            if step_of(old) != best:
+                discard(old)
+        return target
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        if self._lock:
+            self._lock.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every float that JSON lacks."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def load_state(path: str | Path) -> dict:
+    """The `state` saved with a checkpoint, bit for bit, tensors on the CPU. Raises BadInput or BadLuck without one."""
+    path = Path(path)
+    with one_line(f"checkpoint: expected a training state in {path}", "use a checkpoint of a run"):
+        # Cloned: load_file maps the file, and Windows keeps a mapped file from being deleted.
+        tensors = {name: t.clone() for name, t in load_file(path / "optimizer.safetensors").items()}
+        return join(files.read_json(path / "state.json", files.INDEX_CAP), tensors)
+
+
+def split(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """`value` as strict JSON; what JSON lacks (tensors, tuples, infinities, keys but strings) becomes {"$…": …}.
+
+    Tensors are put into `tensors`, named by a number and their path. `join` is the way back.
+    """
+    if isinstance(value, Tensor):
+        name = f"{len(tensors)}{path}"
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"$tensor": name}
+    if isinstance(value, (list, tuple)):
+        items = [split(v, tensors, f"{path}.{i}") for i, v in enumerate(value)]
+        return items if isinstance(value, list) else {"$tuple": items}
+    if isinstance(value, dict):
+        pairs = [[k, split(v, tensors, f"{path}.{k}")] for k, v in value.items()]
+        plain = all(isinstance(k, str) and not k.startswith("$") for k in value)
+        return dict(pairs) if plain else {"$dict": pairs}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": str(value)}
+    return value
+
+
+def join(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `split` was given."""
+    match value:
+        case list():
+            return [join(v, tensors) for v in value]
+        case {"$tensor": name}:
+            return tensors[name]
+        case {"$tuple": items}:
+            return tuple(join(items, tensors))
+        case {"$dict": pairs}:
+            return {k: join(v, tensors) for k, v in pairs}
+        case {"$float": name}:
+            return float(name)
+        case dict():
+            return {k: join(v, tensors) for k, v in value.items()}
+    return value
+
+
+def rng_state(**generators: Generator) -> dict:
+    """Where every source of randomness stands: Python, NumPy, torch on each device in use, and the named generators."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+        "generators": {name: generator.get_state() for name, generator in generators.items()},
+    }
+
+
+def set_rng_state(state: dict, **generators: Generator) -> None:
+    """Put them back, except those of a device that this machine lacks: such a run goes on, but not bit for bit."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda, device)
+    if state["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+    for name, generator in generators.items():
+        generator.set_state(state["generators"][name])
+
+
+def refuse_occupied(directory: Path) -> None:
+    """Raise BadInput for anything but a directory with nothing in it (or what a killed create() left)."""
+    found = directory.iterdir() if directory.is_dir() else [directory] if directory.exists() else []
+    if any(path.name != ".lock" and not path.match(LEFTOVER) for path in found):
+        raise BadInput(f"run directory: expected a new or empty one, got {directory}; add --resume or another --out")
+
+
+def flush(file: Path) -> None:
+    """Have the disk hold a file's bytes before anything that follows."""
+    with open(file, "r+b") as f:  # Windows flushes only what is open for writing
+        os.fsync(f.fileno())
+
+
+def discard(path: Path) -> None:
+    """Remove what is ours, if that can be: renamed first, so that a kill never leaves half of a checkpoint."""
+    doomed = path if path.match(LEFTOVER) else temporary(path)
+    with suppress(OSError):
+        os.replace(path, doomed)
+        doomed.unlink() if doomed.is_file() else shutil.rmtree(doomed)
+
+
+def truncate_log(file: Path, step: int) -> None:
+    """Cut the log before the first line that a kill left unfinished or that is of a later step."""
+    if not file.exists():
+        return
+    end = 0
+    with open(file, "rb") as lines:
+        for line in lines:
+            try:
+                if not line.endswith(b"\n") or json.loads(line).get("step", 0) > step:
+                    break
+            except (ValueError, TypeError, AttributeError):
+                break
+            end += len(line)
+    os.truncate(file, end)  # one system call: the log is the old one or the new one

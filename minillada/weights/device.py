@@ -1,0 +1,47 @@
+"""Choose a device, and see how much memory it has left."""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from ..errors import BadLuck, check_one_of
+
+
+def pick_device(name: str) -> str:
+    """`auto`: an NVIDIA GPU, else Apple's, else the CPU."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device, found in there.items() if found)
+    check_one_of("device", name.split(":")[0], there)
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        what = f"device: expected a working {name}, got none in this PyTorch {torch.__version__}"
+        raise BadLuck(f"{what}; use cpu") from None
+    return name
+
+
+def check_memory(need: int, device: torch.device) -> None:
+    free = free_memory(device)
+    if free is not None and need > free:
+        what = f"memory on {device}: expected {need / 1e9:.2f} GB free for the weights, got {free / 1e9:.2f} GB"
+        raise BadLuck(f"{what}; use a smaller dtype or another device")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had, as far as this system tells; a tighter limit on the process counts."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = []
+    with suppress(OSError, TypeError):  # TypeError: the file has no such line
+        limits.append(1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1]))
+    with suppress(OSError, ImportError):
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if soft != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limits.append(soft - pages * resource.getpagesize())
+    return min(limits, default=None)

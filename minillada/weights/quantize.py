@@ -1,0 +1,88 @@
+"""Weights in 8 or 4 bits, activations as they were, so that the 8B fits cards of 12 and 8 GB.
+
+A weight is stored as small whole numbers and a scale, and is computed again, in the model's dtype, whenever it is used:
+that is what PyTorch calls a parametrization, and `model.py` does not notice. It saves memory, not time. The matrices
+inside the blocks and the head are stored so; the embedding is not (it is looked up, never multiplied with), nor are
+norms, biases and routers (small, and rounding a router would send tokens to other experts).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import check_one_of
+from ..model import LLaDA, MoE
+
+
+class Int8(nn.Module):
+    """A scale for each row: w = scale * q with q from -127 to 127. 8 bits a weight."""
+
+    def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """w (...,in) -> q (...,in) int8, scale (...,1)."""
+        scale = (w.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(w.dtype).tiny)
+        return w.to(torch.float32, copy=True).div_(scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
+
+    def forward(self, q: Tensor, scale: Tensor) -> Tensor:
+        return q * scale
+
+
+class Int4(nn.Module):
+    """A scale and a lowest value for each group: w = low + scale * q with q from 0 to 15. Two q in a byte, so that with
+    groups of 64 and 16-bit scales it is 4.5 bits a weight."""
+
+    def __init__(self, group: int) -> None:
+        super().__init__()
+        self.group = group
+
+    def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """w (...,in) -> packed (...,in/G,G/2) uint8, scale and low (...,in/G,1)."""
+        w = w.unflatten(-1, (-1, self.group))
+        low, high = w.aminmax(dim=-1, keepdim=True)
+        scale = ((high - low) / 15).clamp(min=torch.finfo(w.dtype).tiny)
+        q = w.to(torch.float32, copy=True).sub_(low.float()).div_(scale.float()).round_().clamp_(0, 15).to(torch.uint8)
+        first, second = q.chunk(2, dim=-1)
+        return first | second << 4, scale, low
+
+    def forward(self, packed: Tensor, scale: Tensor, low: Tensor) -> Tensor:
+        q = torch.cat([packed & 15, packed >> 4], dim=-1)  # (...,in/G,G)
+        return torch.addcmul(low, q.to(low.dtype), scale).flatten(-2)
+
+
+def kind_of(bits: str, width: int) -> nn.Module:
+    """Int4 in groups of 64 where the width divides; else of 32 or 16; else Int8."""
+    group = math.gcd(width, 64)
+    return Int4(group) if bits == "int4" and group >= 16 else Int8()
+
+
+def matrices(model: LLaDA) -> list[tuple[nn.Module, str]]:
+    """What is stored in few bits, as (module, name of its weight). The head, the largest, comes first."""
+    kept = [model.embed.weight] + [module.router.weight for module in model.modules() if isinstance(module, MoE)]
+    found = []
+    for module in reversed(list(model.modules())):
+        if isinstance(module, MoE):
+            found += [(module, name) for name in ("gate", "up", "down")]
+        elif isinstance(module, nn.Linear) and not any(module.weight is weight for weight in kept):
+            found.append((module, "weight"))
+    return found
+
+
+def quantize(model: LLaDA, bits: str, device: str | torch.device | None = None) -> LLaDA:
+    """Turn the model's matrices into "int8" or "int4", in place, each on the device, where the model ends up.
+
+    A model loaded on the CPU thus never needs more memory on the device than it has in the end and its largest matrix
+    takes while it is worked on. The result cannot be trained, saved or quantized again. Raises BadInput.
+    """
+    check_one_of("quantize", bits, ("int8", "int4"))
+    model.requires_grad_(False)
+    for module, name in matrices(model):
+        module.to(device)
+        kind = kind_of(bits, getattr(module, name).shape[-1])
+        parametrize.register_parametrization(module, name, kind, unsafe=True)  # unsafe: without trying it out
+    return model.to(device)
+
+
+def memory(model: nn.Module) -> int:
+    """Bytes of everything the model holds, what is shared counted once."""
+    return sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
