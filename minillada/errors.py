@@ -3,8 +3,9 @@
 Scripts turn both into `error: ...` on stderr and exit code 2. Anything else that is raised is a bug of ours.
 """
 
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class BadInput(ValueError):
@@ -15,17 +16,19 @@ class BadLuck(OSError):
     """The environment failed: a missing file, a full disk, no network, too little memory."""
 
 
-def check_whole(what: str, value: object, low: int, high: float = math.inf, fix: str = "mend it") -> None:
+def check_whole(what: str, value: object, low: int, high: float = math.inf, fix: str = "choose one of these") -> None:
     """Raise BadInput unless value is an int (a bool is none) from low to high."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         span = f">= {low}" if high == math.inf else f"from {low} to {high}"
         raise BadInput(f"{what}: expected a whole number {span}, got {value!r}; {fix}")
 
 
-TINY = 1e-300  # as a lower limit: more than zero
+TINY = 1e-300  # as a lower limit it means: more than zero
 
 
-def check_number(what: str, value: object, low: float = 0.0, high: float = 1e300, fix: str = "mend it") -> None:
+def check_number(
+    what: str, value: object, low: float = 0.0, high: float = 1e300, fix: str = "choose one of these"
+) -> None:
     """Raise BadInput unless value is a finite int or float from low to high."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         above = "> 0" if low == TINY else f">= {low:g}"
@@ -38,3 +41,91 @@ def check_one_of(what: str, value: object, known: Iterable[str]) -> None:
     known = list(known)
     if value not in known:
         raise BadInput(f"{what}: expected one of {', '.join(known)}, got {value!r}; choose one")
+
+
+def named(table: dict[str, Callable], what: str, spec: str) -> object:
+    """Make what a user calls "name" or "name:parameter,parameter". Raises BadInput for an unknown name or parameter."""
+    name, colon, given = spec.partition(":")
+    check_one_of(what, name, table)
+    takes = list(inspect.signature(table[name]).parameters)
+    texts = given.split(",") if colon else []
+    if len(texts) > len(takes):
+        few = f"at most {len(takes)} parameters ({', '.join(takes)})" if takes else "no parameter"
+        raise BadInput(f"{what}: expected {name} with {few}, got {spec!r}; leave out the rest")
+    values = []
+    for parameter, text in zip(takes, texts, strict=False):
+        try:
+            values.append(int(text) if text.strip().isdecimal() else float(text))
+        except ValueError:
+            values.append(text)  # no number: refused in the next line
+        check_number(f"{what} {name}, {parameter}", values[-1])
+    return table[name](*values)
+
+
+# ---- what the configurations of the course must fulfil
+
+# The largest value each size may have: far above any published model, far below what would hang a machine.
+LIMITS = {"vocab_size": 2**24, "embedding_size": 2**24, "n_layer": 1024, "n_head": 1024, "n_kv_head": 1024}
+LIMITS |= {"d_model": 2**17, "d_head": 2**13, "d_ff": 2**20, "max_len": 2**24, "rotary_dim": 2**13}
+MOE_LIMITS = {"n_expert": 2**13, "d_expert": 2**20, "n_expert_group": 2**13}
+
+
+def check_model(c) -> None:
+    """Raise BadInput, naming the field of a ModelConfig, if no model can have these sizes."""
+    for name, limit in (LIMITS | (MOE_LIMITS if c.n_expert else {})).items():
+        check_whole(name, getattr(c, name), 1, limit)
+    for name in ("rope_theta", "norm_eps", "router_scale"):
+        check_number(name, getattr(c, name), TINY)
+    check_one_of("router", c.router, ("softmax", "sigmoid"))
+    rules = [
+        ("pad_id", c.pad_id != c.mask_id, f"an id other than mask_id {c.mask_id}"),
+        ("n_kv_head", c.n_head % c.n_kv_head == 0, f"a divisor of n_head {c.n_head}"),
+        ("rotary_dim", c.rotary_dim % 2 == 0 and c.rotary_dim <= c.d_head, f"an even number up to {c.d_head}"),
+        ("embedding_size", c.embedding_size >= c.vocab_size, f"at least vocab_size {c.vocab_size}"),
+    ]
+    if c.n_expert:
+        check_whole("n_expert_active", c.n_expert_active, 1, c.n_expert)
+        check_whole("n_expert_group_active", c.n_expert_group_active, 1, c.n_expert_group)
+        rules += [("n_expert_group", c.n_expert % c.n_expert_group == 0, f"a divisor of n_expert {c.n_expert}")]
+        rules += [(name, getattr(c, name) % 8 == 0, "a multiple of 8 with experts") for name in ("d_model", "d_expert")]
+    for name, holds, expected in rules:
+        if not holds:
+            raise BadInput(f"{name}: expected {expected}, got {getattr(c, name)!r}; change one of the two")
+    for name in ("mask_id", "eos_id", "pad_id"):
+        if getattr(c, name) is not None or name == "mask_id":
+            check_whole(name, getattr(c, name), 0, c.embedding_size - 1)
+
+
+def check_canvas(x, valid, c) -> None:
+    """Raise BadInput unless a model of the ModelConfig c can fill the canvas x (B,T) with padding where not valid."""
+    kinds = (x.dim(), str(x.dtype), str(valid.dtype), valid.shape)
+    if kinds != (2, "torch.int64", "torch.bool", x.shape) or not x.numel():
+        got = f"{x.dtype} {tuple(x.shape)} and {valid.dtype} {tuple(valid.shape)}"
+        raise BadInput(f"canvas: expected x (B,T) long and valid (B,T) bool, got {got}; give tensors of that kind")
+    if x.shape[1] > c.max_len:
+        raise BadInput(f"canvas: expected at most {c.max_len} tokens, got {x.shape[1]}; shorten prompt or gen_len")
+    if not valid.any(1).all():
+        raise BadInput("canvas: expected a valid token in every row, got one of nothing but padding; leave it out")
+    strange = x[(x < 0) | (x >= c.vocab_size)]
+    if len(strange):
+        expected = f"an id from 0 to {c.vocab_size - 1}"
+        raise BadInput(f"token: expected {expected}, got {strange[0].item()}; use the model's tokenizer")
+
+
+def check_lengths(config) -> None:
+    """Raise BadInput unless the numbers of a SampleConfig fit each other."""
+    for name in ("gen_len", "steps", "block_len"):
+        check_whole(name, getattr(config, name), 1)
+    check_whole("top_k", config.top_k, 0)
+    check_number("temperature", config.temperature)
+    check_number("cfg_scale", config.cfg_scale)
+    check_number("top_p", config.top_p, TINY, 1.0)
+    if config.gen_len % config.block_len:
+        divisors = [d for d in range(config.gen_len, 0, -1) if config.gen_len % d == 0]
+        near = min(divisors, key=lambda d: abs(d - config.block_len))
+        expected = f"a divisor of gen_len {config.gen_len}"
+        raise BadInput(f"block_len: expected {expected}, got {config.block_len}; try {near}")
+    windows = config.gen_len // config.block_len
+    if config.steps % windows:
+        near = max(1, config.steps // windows) * windows
+        raise BadInput(f"steps: expected a multiple of the {windows} windows, got {config.steps}; try {near}")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import TINY, BadInput, check_number, check_one_of, check_whole
+from .errors import check_model
 
 
 @dataclass(frozen=True)
@@ -66,43 +66,11 @@ class ModelConfig:
         if self.rotary_dim is None:
             object.__setattr__(self, "rotary_dim", self.d_head)
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        check_config(self)
+        check_model(self)
 
     def to_dict(self) -> dict:
         """Return the fields as JSON can hold them; `ModelConfig(**fields)` is the way back."""
         return {**asdict(self), "dense_layers": list(self.dense_layers)}
-
-
-# The largest value each size may have: far above any published model, far below what would hang a machine.
-LIMITS = {"vocab_size": 2**24, "embedding_size": 2**24, "n_layer": 1024, "n_head": 1024, "n_kv_head": 1024}
-LIMITS |= {"d_model": 2**17, "d_head": 2**13, "d_ff": 2**20, "max_len": 2**24, "rotary_dim": 2**13}
-MOE_LIMITS = {"n_expert": 2**13, "d_expert": 2**20, "n_expert_group": 2**13}
-
-
-def check_config(c: ModelConfig) -> None:
-    """Raise BadInput, naming the field, if no model can have these sizes."""
-    for name, limit in (LIMITS | (MOE_LIMITS if c.n_expert else {})).items():
-        check_whole(name, getattr(c, name), 1, limit)
-    for name in ("rope_theta", "norm_eps", "router_scale"):
-        check_number(name, getattr(c, name), TINY)
-    check_one_of("router", c.router, ("softmax", "sigmoid"))
-    rules = [
-        ("pad_id", c.pad_id != c.mask_id, f"an id other than mask_id {c.mask_id}"),
-        ("n_kv_head", c.n_head % c.n_kv_head == 0, f"a divisor of n_head {c.n_head}"),
-        ("rotary_dim", c.rotary_dim % 2 == 0 and c.rotary_dim <= c.d_head, f"an even number up to {c.d_head}"),
-        ("embedding_size", c.embedding_size >= c.vocab_size, f"at least vocab_size {c.vocab_size}"),
-    ]
-    if c.n_expert:
-        check_whole("n_expert_active", c.n_expert_active, 1, c.n_expert)
-        check_whole("n_expert_group_active", c.n_expert_group_active, 1, c.n_expert_group)
-        rules += [("n_expert_group", c.n_expert % c.n_expert_group == 0, f"a divisor of n_expert {c.n_expert}")]
-        rules += [(name, getattr(c, name) % 8 == 0, "a multiple of 8 with experts") for name in ("d_model", "d_expert")]
-    for name, holds, expected in rules:
-        if not holds:
-            raise BadInput(f"{name}: expected {expected}, got {getattr(c, name)!r}; change one of the two")
-    for name in ("mask_id", "eos_id", "pad_id"):
-        if getattr(c, name) is not None or name == "mask_id":
-            check_whole(name, getattr(c, name), 0, c.embedding_size - 1)
 
 
 class KVCache:
@@ -362,12 +330,3 @@ class LLaDA(nn.Module):
     def n_parameters(self) -> int:
         """Count all parameters, a tied head once."""
         return sum(p.numel() for p in self.parameters())
-
-    def n_active_parameters(self) -> int:
-        """Count the parameters that one token is multiplied with: not the embedding, which is looked up, and of the
-        experts only those chosen."""
-        c = self.config
-        idle = (c.n_expert - c.n_expert_active) * 3 * c.d_expert * c.d_model
-        moe_layers = sum(isinstance(layer.ffn, MoE) for layer in self.layers)
-        embedding = 0 if c.tie_head else self.embed.weight.numel()
-        return self.n_parameters() - embedding - moe_layers * idle

@@ -1,46 +1,80 @@
-"""The denoising loop. `stream` yields one `Step` per evaluation of the model; whatever one wants to see or measure is a
-`for` loop over it. `generate` is such a loop.
+"""Write text by removing masks. `stream` yields one `Step` per evaluation of the model; whatever one wants to see or
+measure is a `for` loop over it, and `generate` is such a loop.
 
-Shapes: B batch, R rows that still have holes, T sequence, W window, N holes asked about, V vocabulary.
+Shapes: B rows of the canvas, R of them that have holes in the window, T sequence, W window, N holes asked about,
+V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from .canvas import Canvas
-from .decoding.klass import klass
-from .decoding.refresh import Refresh
-from .decoding.revisions import REVISIONS
-from .errors import TINY, BadInput, check_number, check_one_of, check_whole
-from .model import KVCache, ModelConfig
-from .strategies import RULES, SCORES, Method, Now, Score, draw, guided, named
+from .errors import BadInput, check_canvas, check_lengths, check_one_of, named
+from .model import ModelConfig
+from .strategies import (
+    CACHES,
+    COMMITS,
+    REVISIONS,
+    SCORES,
+    Ask,
+    Guess,
+    Guided,
+    MaskPredictor,
+    Method,
+    Now,
+    Whole,
+    draw,
+    probability,
+    quick,
+)  # fmt: skip
 
-COMMITS = RULES | {"klass": klass}
+Rows = Sequence[Sequence[int]]
+Device = torch.device | str
 
 
-class CachePolicy(NamedTuple):
-    """What is kept from step to step, and goes out of date: approximations, all but the empty policy."""
+@dataclass
+class Canvas:
+    """The tokens being filled: x (B,T) long with mask_id in its holes, and valid (B,T) bool, False for padding."""
 
-    columns: Callable[[slice, int], slice] | None = None  # those computed again after a window's first evaluation
-    wrap: Callable[..., Callable] | None = None  # (model, given) -> a model that remembers, through all windows
+    x: Tensor
+    valid: Tensor
 
+    @classmethod
+    def continuation(cls, prompts: Rows, gen_len: int, config: ModelConfig, device: Device = "cpu") -> "Canvas":
+        """Put gen_len holes behind each of several unequal prompts, and padding in front of the shorter ones."""
+        longest = max(map(len, prompts), default=0)
+        rows = [[*prompt, *[config.mask_id] * gen_len] for prompt in prompts]
+        canvas = cls.infill(rows, config, device)
+        if any(config.mask_id in prompt for prompt in prompts):
+            raise BadInput(f"prompt: expected no mask id {config.mask_id}, got one; to fill holes use Canvas.infill")
+        for x in (canvas.x, canvas.valid):
+            for i, prompt in enumerate(prompts):
+                x[i] = x[i].roll(longest - len(prompt))
+        return canvas
 
-def refreshing(prompt_every: int = 50, answer_every: int = 7, share: float = 0.25) -> CachePolicy:
-    Refresh.check(prompt_every, answer_every, share)
-    return CachePolicy(wrap=partial(Refresh, prompt_every=prompt_every, answer_every=answer_every, share=share))
+    @classmethod
+    def infill(cls, rows: Rows, config: ModelConfig, device: Device = "cpu") -> "Canvas":
+        """Take unequal rows with mask_id wherever something is to be written; padding goes behind the shorter ones."""
+        if not rows or not all(len(row) for row in rows):
+            raise BadInput(f"canvas: expected rows of at least one token, got {len(rows)} rows; leave out empty rows")
+        filler = config.pad_id if config.pad_id is not None else (config.mask_id + 1) % config.vocab_size
+        tensors = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
+        valid = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in tensors], batch_first=True)
+        return cls(pad_sequence(tensors, batch_first=True, padding_value=filler), valid)
 
-
-CACHES: dict[str, Callable[..., CachePolicy]] = {
-    "none": lambda: CachePolicy(),
-    "prefix": lambda: CachePolicy(lambda window, length: slice(window.start, length)),  # Fast-dLLM, arXiv:2505.22618;
-    "dual": lambda: CachePolicy(lambda window, length: window),  # both are exact for a model of one layer
-    "refresh": refreshing,  # dLLM-Cache
-}
+    @classmethod
+    def edit(cls, rows: Rows, spans: Rows, config: ModelConfig, device: Device = "cpu") -> "Canvas":
+        """Take unequal rows and make holes of the tokens from `start` up to `stop` of each row's span."""
+        for row, (start, stop) in zip(rows, spans, strict=True):
+            if not 0 <= start < stop <= len(row):
+                what = f"span: expected a part of the row's {len(row)} tokens, got {start}:{stop}"
+                raise BadInput(f"{what}; choose 0 <= start < stop <= {len(row)}")
+        masked = ([*row[:a], *[config.mask_id] * (b - a), *row[b:]] for row, (a, b) in zip(rows, spans, strict=True))
+        return cls.infill(list(masked), config, device)
 
 
 @dataclass(frozen=True)
@@ -51,205 +85,212 @@ class SampleConfig:
     steps: int = 128  # over all windows together
     block_len: int = 32  # width of a window; gen_len: one window, "pure diffusion"
     temperature: float = 0.0
-    remasking: str = "low_confidence"  # low_confidence | random | margin | entropy
+    remasking: str = "low_confidence"  # low_confidence | random | margin | entropy: which holes are filled first
     cfg_scale: float = 0.0  # w of the papers; 0: off
     commit: str = "quota"  # a name of COMMITS, with its parameters: "threshold:0.9"
     revise: str = "none"  # or a name of REVISIONS, which brings its own rule to commit: "remdm-cap:0.008"
     top_k: int = 0
     top_p: float = 1.0
     cache: str = "none"  # a name of CACHES: "refresh:50,7,0.25"; all but none are approximations
+    banned_ids: tuple[int, ...] = ()  # never written
     ban_eos: bool = False  # never write a stop id (the paper's logits_eos_inf)
     defer_eos: bool = False  # commit stop ids last (confidence_eos_eot_inf)
     stop_at_eos: bool = True  # what follows a stop id is not computed
     stop_ids: tuple[int, ...] | None = None  # None: the model's eos_id
 
     def __post_init__(self) -> None:
-        for name in ("gen_len", "steps", "block_len"):
-            check_whole(name, getattr(self, name), 1)
-        check_whole("top_k", self.top_k, 0)
-        check_number("temperature", self.temperature)
-        check_number("cfg_scale", self.cfg_scale)
-        check_number("top_p", self.top_p, TINY, 1.0)
+        check_lengths(self)
         check_one_of("remasking", self.remasking, SCORES)
         named(CACHES, "cache", self.cache)
-        method_of(self.commit, self.revise)
-        rule = self.commit.partition(":")[0]
-        for name, clash, expected in (
-            ("remasking", rule == "entropy-bound" and self.remasking != "entropy", "entropy with commit entropy-bound"),
-            ("remasking", rule == "klass" and self.remasking != "low_confidence", "low_confidence with commit klass"),
-            ("commit", self.revise != "none" and self.commit != "quota", "none beside revise, which brings its own"),
-            ("cache", self.revise.startswith("wino") and self.cache != "none", "none with revise wino"),
-        ):
-            if clash:
-                raise BadInput(f"{name}: expected {expected}, got {getattr(self, name)}; change one of the two")
-        if self.gen_len % self.block_len:
-            divisors = [d for d in range(self.gen_len, 0, -1) if self.gen_len % d == 0]
-            near = min(divisors, key=lambda d: abs(d - self.block_len))
-            expected = f"a divisor of gen_len {self.gen_len}"
-            raise BadInput(f"block_len: expected {expected}, got {self.block_len}; try {near}")
-        windows = self.gen_len // self.block_len
-        if self.steps % windows:
-            near = max(1, self.steps // windows) * windows
-            raise BadInput(f"steps: expected a multiple of the {windows} windows, got {self.steps}; try {near}")
+        method_of(self)
+        if self.revise != "none" and self.commit != "quota":
+            what = "commit: expected none beside revise, which brings its own rule"
+            raise BadInput(f"{what}, got {self.commit}; leave one of the two out")
+        if self.revise.startswith("wino") and self.cache != "none":
+            raise BadInput(f"cache: expected none with revise wino, got {self.cache}; leave one of the two out")
 
 
-def method_of(commit: str, revise: str) -> Method:
-    """The functions that these name, which have seen nothing yet. Raises BadInput."""
-    method = named(COMMITS, "commit", commit)
-    return method if revise == "none" else named(REVISIONS, "revise", revise)
+def method_of(config: SampleConfig) -> Method:
+    """Make the method that a config names; it has seen nothing yet. Raises BadInput."""
+    method = named(COMMITS, "commit", config.commit)
+    return method if config.revise == "none" else named(REVISIONS, "revise", config.revise)
 
 
-class Step(NamedTuple):
-    """What one evaluation did. All tensors (B,T); nothing is changed later, so steps may be kept."""
-
-    x: Tensor  # the canvas after this step
-    proposed: Tensor  # the token drawn for every hole that could be committed; elsewhere x
-    confidence: Tensor  # its score; NaN elsewhere
-    committed: Tensor  # bool: written in this step
-    revised: Tensor  # bool: turned back into holes in this step
-    window: slice  # columns being decoded
-    step: int  # from 0
-    nfe: int  # evaluations of the model so far; guidance counts its two halves as one
+def check_ids(name: str, ids: Sequence[int], c: ModelConfig) -> list[int]:
+    """Return the ids as a list. Raises BadInput unless each is one of the vocabulary and not the mask."""
+    if any(not 0 <= i < c.vocab_size or i == c.mask_id for i in ids):
+        raise BadInput(f"{name}: expected ids from 0 to {c.vocab_size - 1} without the mask, got {ids}; leave it out")
+    return list(ids)
 
 
 def stop_ids(config: SampleConfig, c: ModelConfig) -> list[int]:
-    if any(not 0 <= i < c.vocab_size or i == c.mask_id for i in config.stop_ids or ()):
-        raise BadInput(f"stop_ids: expected ids below {c.vocab_size}, not the mask, got {config.stop_ids}; mend them")
-    if config.stop_ids is not None:
-        return list(config.stop_ids)
-    return [] if c.eos_id is None else [c.eos_id]
+    """Return the ids that end a text."""
+    ends = () if c.eos_id is None else (c.eos_id,)
+    return check_ids("stop_ids", ends if config.stop_ids is None else config.stop_ids, c)
 
 
-def windows(hole: Tensor, width: int) -> list[slice]:
-    """Tiles of this width from the first to the last hole of the batch; the last may be narrower."""
-    columns = hole.any(0).nonzero().flatten().tolist()
-    if not columns:
-        return []
-    return [slice(a, min(a + width, columns[-1] + 1)) for a in range(columns[0], columns[-1] + 1, width)]
+class Rivals(NamedTuple):
+    """The likeliest tokens of the M places that a step committed, in reading order, the likeliest first."""
+
+    tokens: Tensor  # (M,K) long
+    probability: Tensor  # (M,K)
 
 
-def propose(
-    logits: Tensor,
-    config: SampleConfig,
-    score: Score | None,
-    banned: Tensor,
-    stop: Tensor,
-    rng: Generator,
-    where: str,
-) -> tuple[Tensor, Tensor]:
-    """logits (N,V) -> a token and its confidence for every hole, (N,) each."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # in bfloat16 ties would reorder commits
-    if not logits.amax(-1).isfinite().all():
-        raise BadInput(f"logits at {where}: expected finite numbers, got NaN or infinity; check the weights")
-    if config.ban_eos:
-        logits = logits.index_fill(-1, stop, -torch.inf)
-    tokens = draw(logits.index_fill(-1, banned, -torch.inf), config.temperature, config.top_k, config.top_p, rng)
-    tokens = tokens.to(logits.device)
-    confidence = (score or SCORES[config.remasking])(logits, tokens, rng)
-    if config.defer_eos:
-        confidence = confidence.masked_fill(torch.isin(tokens, stop), -1e30)  # finite: still a candidate, the last
-    return tokens, confidence
+class Step(NamedTuple):
+    """What one evaluation did. All tensors are (B,T) and never changed later, so steps may be stored."""
+
+    x: Tensor  # the canvas after this step
+    proposed: Tensor  # the token drawn for every place asked about; elsewhere x
+    score: Tensor  # what decided the order; NaN where nothing was asked
+    probability: Tensor  # what the mask predictor, guidance included, gave to the proposed token; NaN elsewhere
+    committed: Tensor  # bool: written in this step
+    revised: Tensor  # bool: turned back into holes since the step before
+    window: slice  # columns being decoded
+    step: int  # from 0
+    nfe: int  # evaluations of the model so far; guidance counts its two halves as one
+    rivals: Rivals | None = None  # if `stream` was asked for some
 
 
-def plan(method: Method, config: SampleConfig, now: Now) -> tuple[Tensor, Tensor | None]:
-    """The holes to ask the model about, (R,W) bool, and how many are due, (R,), if no answer can change that."""
-    if now.left == 1:  # the last step of a window commits every hole
-        return now.hole, now.holes()
-    if not method.blind:
-        return now.hole, None
-    due = method.commit(None, now)
-    if config.remasking == "random" and not config.defer_eos:  # chance decides: ask about its choice alone
-        return surest(now.uniform().masked_fill(~now.hole, -torch.inf), due), due
-    return now.hole & (due > 0)[:, None], due
+class Draft:
+    """A canvas while it is being written, and what the loop has to know about it."""
+
+    def __init__(self, canvas: Canvas, c: ModelConfig, config: SampleConfig, seed: int, rivals: int) -> None:
+        check_canvas(canvas.x, canvas.valid, c)
+        self.x, self.valid, self.c, self.config, self.n_rivals = canvas.x, canvas.valid, c, config, rivals
+        device = self.x.device
+        self.given = self.x != c.mask_id
+        self.held = torch.full(self.x.shape, torch.nan, device=device)  # the probability of each token of ours
+        self.revised, self.nfe = torch.zeros_like(self.given), 0
+        self.stop = torch.tensor(stop_ids(config, c), dtype=torch.long, device=device)
+        never = check_ids("banned_ids", config.banned_ids, c) + (self.stop.tolist() if config.ban_eos else [])
+        self.never = torch.tensor(never, dtype=torch.long, device=device)
+        self.no_text = torch.tensor([c.mask_id, *range(c.vocab_size, c.embedding_size)], device=device)
+        self.rng = Generator(device if device.type == "cuda" else "cpu").manual_seed(seed)
+
+    def now(self, rows: Tensor, window: slice, left: int, steps: int) -> Now:
+        x, chance = self.x[rows, window], self.config.remasking == "random" and not self.config.defer_eos
+        hole = x == self.c.mask_id
+        return Now(x, hole, self.given[rows, window], self.held[rows, window], left, steps, chance, self.rng)
+
+    def guess(self, predict: Callable[[Ask], Tensor], score: Callable, asked: Tensor, ask: Ask) -> Guess:
+        """Ask for the places `asked` (R,W); draw a token for each and score it."""
+        said = predict(ask)  # (N,V)
+        said = said.to(torch.promote_types(said.dtype, torch.float32))  # in bfloat16 ties would reorder commits
+        if not said.amax(-1).isfinite().all():
+            at = f"step {self.nfe}, columns {ask.window.start} on"
+            raise BadInput(f"logits at {at}: expected finite numbers, got NaN or infinity; check the weights")
+        logits = said.index_fill(-1, self.never, -torch.inf) if len(self.never) else said
+        config, drawable = self.config, logits.index_fill(-1, self.no_text, -torch.inf)
+        tokens = draw(drawable, config.temperature, config.top_k, config.top_p, self.rng).to(said.device)
+        scores = score(logits, tokens, self.rng)
+        p = scores if score is probability and logits is said else probability(said, tokens)
+        if config.defer_eos:
+            scores = scores.masked_fill(torch.isin(tokens, self.stop), -1e30)  # finite: the last, but still a candidate
+        spread = lambda values, elsewhere: torch.full_like(asked, elsewhere, dtype=values.dtype).masked_scatter(
+            asked, values
+        )
+        self.said = said
+        x = self.x[ask.rows, ask.window].masked_scatter(asked, tokens)
+        return Guess(x, spread(scores, -torch.inf), spread(p.float(), torch.nan))
+
+    def take_back(self, rows: Tensor, window: slice, back: Tensor) -> None:
+        """Turn the committed places `back` (R,W) into holes."""
+        there = self.on_canvas(rows, window, back, False)
+        self.x, self.held = self.x.masked_fill(there, self.c.mask_id), self.held.masked_fill(there, torch.nan)
+        self.revised = self.revised | there
+
+    def write(self, rows: Tensor, window: slice, guess: Guess, commit: Tensor) -> Step:
+        """Write the proposed tokens of the places `commit` (R,W)."""
+        asked = ~guess.probability.isnan()
+        proposed = self.x.clone()
+        proposed[rows, window] = torch.where(asked, guess.tokens, proposed[rows, window])
+        score = self.on_canvas(rows, window, guess.score.float().masked_fill(~asked, torch.nan), torch.nan)
+        p = self.on_canvas(rows, window, guess.probability, torch.nan)
+        committed = self.on_canvas(rows, window, commit, False)
+        self.x, self.held = torch.where(committed, proposed, self.x), torch.where(committed, p, self.held)
+        if self.config.stop_at_eos and len(self.stop):
+            self.end_rows()
+        best = None
+        if self.n_rivals:
+            top = self.said[commit[asked]].softmax(-1).topk(min(self.n_rivals, self.said.shape[-1]))
+            best = Rivals(top.indices, top.values)
+        revised, self.revised = self.revised, torch.zeros_like(self.revised)
+        self.nfe += 1
+        return Step(self.x, proposed, score, p, committed, revised, window, self.nfe - 1, self.nfe, best)
+
+    def on_canvas(self, rows: Tensor, window: slice, values: Tensor, elsewhere: float) -> Tensor:
+        """Put values (R,W) in their place on the canvas: (B,T)."""
+        canvas = torch.full(self.x.shape, elsewhere, dtype=values.dtype, device=values.device)
+        canvas[rows, window] = values
+        return canvas
+
+    def end_rows(self) -> None:
+        """Fill the holes behind a stop id that was written with no hole before it: nobody will read them."""
+        hole = self.x == self.c.mask_id
+        ended = torch.isin(self.x, self.stop) & ~self.given & (hole.cumsum(1) == 0)
+        self.x = torch.where(hole & (ended.cumsum(1) > 0), self.stop[0], self.x)
 
 
-def surest(confidence: Tensor, due: Tensor) -> Tensor:
-    """As many of the surest of each row as are due (R,), of confidence (R,W), -inf where nothing is to commit: bool."""
-    order = confidence.argsort(dim=1, descending=True, stable=True)
-    first = torch.arange(confidence.shape[1], device=confidence.device) < due[:, None]
-    return torch.zeros_like(first).scatter(1, order, first) & (confidence > -torch.inf)
-
-
-def end_rows(x: Tensor, was_hole: Tensor, stop: Tensor, mask_id: int) -> Tensor:
-    """Where a stop id was written and no hole precedes it, fill the holes after it: nobody will read them."""
-    hole = x == mask_id
-    ended = torch.isin(x, stop) & was_hole & (hole.cumsum(1) == 0)
-    return torch.where(hole & (ended.cumsum(1) > 0), stop[0], x)
+def predictor_of(model: nn.Module | MaskPredictor) -> MaskPredictor:
+    """Return a module as a mask predictor; one that is a mask predictor already as it is."""
+    return quick(Whole)(model) if isinstance(model, nn.Module) else model
 
 
 @torch.no_grad()
-def stream(model: nn.Module, canvas: Canvas, config: SampleConfig, seed: int = 0) -> Iterator[Step]:
+def stream(
+    model: nn.Module | MaskPredictor, canvas: Canvas, config: SampleConfig, seed: int = 0, rivals: int = 0
+) -> Iterator[Step]:
     """Fill the canvas's holes window by window, yielding every step (LLaDA, algorithms 4 and 5).
 
     Given tokens never change. `[MASK]` and ids past the vocabulary are never drawn. The last step of a window commits
-    every hole left in it, so none remains. A step that would commit nothing costs no evaluation. Raises BadInput,
-    before the first evaluation for bad input.
+    every hole left in it, so none remains. A step that would commit nothing costs no evaluation. rivals: how many of
+    the likeliest tokens to report for each place that is committed. Raises BadInput, for bad input before the first
+    evaluation.
     """
-    c, x, nfe = model.config, canvas.x, 0
-    canvas.check(c)
-    stop = torch.tensor(stop_ids(config, c), dtype=torch.long, device=x.device)
-    banned = torch.tensor([c.mask_id, *range(c.vocab_size, c.embedding_size)], device=x.device)
-    rng = Generator(x.device if x.device.type == "cuda" else "cpu").manual_seed(seed)
-    was_hole, positions = x == c.mask_id, torch.arange(x.shape[1], device=x.device)
-    nothing, nan = torch.zeros_like(was_hole), torch.full(x.shape, torch.nan, device=x.device)
-    held, revised = nan, nothing  # how sure of each token of ours; what became a hole again since the last yield
-    policy = named(CACHES, "cache", config.cache)
-    model = policy.wrap(model, ~was_hole) if policy.wrap else model
-    tiles = windows(was_hole, config.block_len)
-    steps = max(1, config.steps // max(1, len(tiles)))
-    for window in tiles:
-        wanted = (x[:, window] == c.mask_id).any(1) | (policy.wrap is not None)  # a row that has ended is not computed
-        rows = wanted.nonzero().flatten()
-        attn_mask = None if canvas.valid[rows].all() else canvas.valid[rows][:, None, None, :]
-        method = method_of(config.commit, config.revise)
-        denoise = guided(model, config.cfg_scale, ~was_hole[rows], c.mask_id) if config.cfg_scale else model
-        denoise = method.watch(denoise, window, c.mask_id) if method.watch else denoise
-        cache, columns = KVCache() if policy.columns else None, slice(0, x.shape[1])
-        for left in range(steps, 0, -1):
-            now = Now(x[rows, window] == c.mask_id, held[rows, window], left, steps, rng)
-            if not now.hole.any() and method.revise is None:
-                break
-            ask, due = plan(method, config, now)
-            row, column = ask.nonzero(as_tuple=True)
-            if len(row):
-                where = row, column + window.start - columns.start
-                logits = denoise(x[rows, columns], attn_mask, positions[columns], where, cache)  # (N,V)
-                columns = policy.columns(window, x.shape[1]) if policy.columns else columns
-                at = f"step {nfe}, columns {window.start} on"
-                tokens, score = propose(logits, config, method.score, banned, stop, rng, at)
-            if method.revise and left > 1:
-                back = nothing.clone()
-                back[rows, window] = method.revise(now)
-                x, held, revised = x.masked_fill(back, c.mask_id), held.masked_fill(back, torch.nan), revised | back
-            if not len(row):
-                continue
-            sure = torch.full(ask.shape, -torch.inf, dtype=score.dtype, device=x.device)  # (R,W)
-            sure[row, column] = score
-            due = method.commit(sure.sort(dim=1, descending=True).values, now) if due is None else due
-            proposed, confidence, committed = x.clone(), nan.clone(), nothing.clone()
-            here = rows[row], column + window.start
-            proposed[here], confidence[here], committed[here] = tokens, score.float(), surest(sure, due)[row, column]
-            x, held = torch.where(committed, proposed, x), torch.where(committed, confidence, held)
-            if config.stop_at_eos and len(stop):
-                x = end_rows(x, was_hole, stop, c.mask_id)
-            nfe += 1
-            yield Step(x, proposed, confidence, committed, revised, window, nfe - 1, nfe)
-            revised = nothing
+    predict = predictor_of(model)
+    draft = Draft(canvas, predict.config, config, seed, rivals)
+    predict = named(CACHES, "cache", config.cache)(predict, draft.given)
+    if config.cfg_scale:
+        predict = Guided(predict, config.cfg_scale, draft.given)
+    windows = method_of(config).windows(~draft.given, config.block_len)
+    steps = max(1, config.steps // max(1, len(windows)))
+    for window in windows:
+        yield from fill(draft, predict, method_of(config), window, steps)
+
+
+def fill(draft: Draft, predict: Callable[[Ask], Tensor], method: Method, window: slice, steps: int) -> Iterator[Step]:
+    """Fill one window in so many steps: ask, draw, take back, commit."""
+    rows = (draft.x[:, window] == draft.c.mask_id).any(1).nonzero().flatten()  # a row that has ended is not computed
+    attn_mask = None if draft.valid[rows].all() else draft.valid[rows][:, None, None, :]
+    predict, score = method.wrap(predict), method.score or SCORES[draft.config.remasking]
+    for left in range(steps, 0, -1):
+        now = draft.now(rows, window, left, steps)
+        if method.done(now).all():
+            return
+        asked = now.hole if left == 1 else method.ask(now)  # (R,W)
+        row, column = asked.nonzero(as_tuple=True)
+        if len(row):
+            ask = Ask(draft.x[rows], (row, column + window.start), window, rows, attn_mask)
+            guess = draft.guess(predict, score, asked, ask)
+        if left > 1 and (back := method.revise(now)) is not None:
+            draft.take_back(rows, window, back)
+        if len(row):
+            yield draft.write(rows, window, guess, asked if left == 1 else method.commit(now, guess))
 
 
 def generate(
-    model: nn.Module, prompts: Sequence[Sequence[int]], config: SampleConfig | None = None, seed: int = 0
+    model: nn.Module | MaskPredictor, prompts: Rows, config: SampleConfig | None = None, seed: int = 0
 ) -> list[list[int]]:
-    """The gen_len new tokens after each of several unequal prompts; cut before the first stop id if so configured."""
-    config = config or SampleConfig()
-    canvas = Canvas.continuation(prompts, config.gen_len, model.config, next(model.parameters()).device)
-    for step in stream(model, canvas, config, seed):  # noqa: B007 the last one is the answer
+    """Return the new tokens after each of several unequal prompts: gen_len, or those before the first stop id."""
+    config, predict = config or SampleConfig(), predictor_of(model)
+    canvas = Canvas.continuation(prompts, config.gen_len, predict.config, predict.device)
+    for step in stream(predict, canvas, config, seed):  # noqa: B007 the last one is the answer
         pass
     answers = step.x[:, -config.gen_len :].tolist()
-    return [answer_of(answer, config, model.config) for answer in answers]
+    return [answer_of(answer, config, predict.config) for answer in answers]
 
 
 def answer_of(tokens: list[int], config: SampleConfig, c: ModelConfig) -> list[int]:
-    """The tokens before the first stop id, or all of them without stop_at_eos."""
+    """Return the tokens before the first stop id, or all of them without stop_at_eos."""
     ends = [i for i, token in enumerate(tokens) if config.stop_at_eos and token in stop_ids(config, c)]
     return tokens[: ends[0]] if ends else tokens

@@ -1,56 +1,103 @@
-"""One denoising step, in small pure functions: draw a token, score it, choose how many to commit; and guidance.
+"""The pieces of one denoising step: ask the model, draw a token for each hole, score it, choose which to commit.
 
-Every table below maps the name a user writes to a function; "name:0.9" gives the function its parameter. A new rule is
-one function and one line in a table. Shapes: N holes asked about, V vocabulary, B batch, R rows of the batch that still
-have holes, W window.
+Tables map the names that a user writes to these pieces; "threshold:0.9" gives a piece its parameter. The files of
+`decoding/` add further names. A new way to decode is one small class and one line in a table.
+
+Shapes: B rows of the canvas, R of them that have holes in the window, T sequence, W window, N holes asked about,
+V vocabulary.
 """
 
-import inspect
-import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
-from .errors import BadInput, check_number, check_one_of
+from .model import KVCache, ModelConfig
 
-# ---- draw: logits (N,V) -> tokens (N,) ------------------------------------------------------------------------------
+# ---- ask: a mask predictor turns one question into logits ------------------------------------------------------------
+
+
+class Ask(NamedTuple):
+    """One question to a mask predictor: what stands in the places `where` of these rows?"""
+
+    x: Tensor  # (R,T) long, rows of the canvas
+    where: tuple[Tensor, Tensor]  # row (N,) and column (N,), as in x[where]
+    window: slice  # the columns being decoded; what a cache need not compute again lies outside
+    rows: Tensor  # (R,) which rows of the canvas these are, so that a predictor can remember things about them
+    attn_mask: Tensor | None = None  # bool (R,1,1|T,T), True = may look
+    positions: Tensor | None = None  # (T,) long; 0..T-1 unless given
+
+
+class MaskPredictor(Protocol):
+    """Whatever answers an `Ask` with logits (N,V): LLaDA itself, or guidance or a cache around it."""
+
+    config: ModelConfig
+    device: torch.device
+
+    def __call__(self, ask: Ask) -> Tensor: ...
+
+
+class Whole:
+    """LLaDA as a mask predictor: it evaluates the whole canvas. It also serves caches, which ask for part of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.config, self.device = model, model.config, next(model.parameters()).device
+
+    def __call__(self, ask: Ask, cache: KVCache | None = None) -> Tensor:
+        return self.model(ask.x, ask.attn_mask, ask.positions, ask.where, cache)
+
+
+class Guided:
+    """Classifier-free guidance: logits + scale * (logits - logits without the prompt) (LLaDA, eq. 16; SMDM).
+
+    The same rows with the whole prompt masked ride along in one batch of 2R, so any predictor can be guided.
+    """
+
+    def __init__(self, predict: MaskPredictor, scale: float, given: Tensor) -> None:
+        self.predict, self.scale, self.given = predict, scale, given  # given (B,T): the prompt's places
+        self.config, self.device = predict.config, predict.device
+
+    def __call__(self, ask: Ask) -> Tensor:
+        given = self.given[ask.rows]  # (R,T)
+        given = given if ask.positions is None else given[:, ask.positions]
+        row, column = ask.where
+        both = ask._replace(
+            x=torch.cat([ask.x, ask.x.masked_fill(given, self.config.mask_id)]),
+            where=(torch.cat([row, row + len(ask.x)]), torch.cat([column, column])),
+            rows=torch.cat([ask.rows, ask.rows + len(self.given)]),
+            attn_mask=None if ask.attn_mask is None else torch.cat([ask.attn_mask, ask.attn_mask]),
+        )
+        conditional, unconditional = self.predict(both).chunk(2)  # (N,V) each
+        return conditional + self.scale * (conditional - unconditional)
+
+
+# ---- draw: logits (N,V) -> tokens (N,) -------------------------------------------------------------------------------
 
 
 def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, rng: Generator) -> Tensor:
-    """Sample from softmax(logits / temperature), cut to the top k ids or to the smallest set of probability p.
+    """Draw a token (N,) for each row of logits (N,V) from softmax(logits / temperature); temperature 0: the argmax.
 
-    Gumbel's trick in two rounds: which group of about sqrt(V) ids, by the logarithm of its mass, and which id of that
-    group. The same distribution as in one round, for 2 sqrt(V) noises a hole and not V. Temperature 0: the argmax.
+    The choice is among the top_k likeliest ids (0: all) and the fewest that have the probability top_p together.
     """
     if top_k and temperature:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1 and temperature:
         ordered, ids = logits.sort(descending=True)
-        probability = (ordered.double() / temperature).softmax(-1)
-        beyond = probability.cumsum(-1) - probability >= top_p  # never the most probable one
+        p = (ordered.double() / temperature).softmax(-1)
+        beyond = p.cumsum(-1) - p >= top_p  # [.6,.3,.1] and 0.7 -> [F,F,T]; never the likeliest
         logits = logits.masked_fill(beyond.scatter(-1, ids, beyond), -torch.inf)
     if logits.device.type == "mps":  # Apple's GPUs have no float64
         logits = logits.cpu()
-    size = logits.shape[-1]
-    width = next(width for width in range(math.isqrt(size), 0, -1) if size % width == 0)
-    groups = logits.unflatten(-1, (-1, width))  # (N,G,width)
-    mass = groups.amax(-1)  # (N,G)
-    if temperature:
-        below = groups - mass.clamp(min=torch.finfo(mass.dtype).min)[..., None]  # a group may be all -inf
-        mass = mass.double() + temperature * below.div_(temperature).exp_().sum(-1).double().log()
-    group = gumbel_argmax(mass, temperature, rng)
-    inside = groups[torch.arange(len(group), device=group.device), group]  # (N,width)
-    return group * width + gumbel_argmax(inside, temperature, rng)
+    return quick(gumbel_argmax)(logits, temperature, rng)
 
 
 def gumbel_argmax(logits: Tensor, temperature: float, rng: Generator) -> Tensor:
-    """(N,K) -> an index each (N,), from softmax(logits / temperature): the argmax of logits + temperature * noise.
+    """Draw an index (N,) from softmax(logits / temperature), logits (N,K): the argmax of logits + temperature * noise.
 
-    In float64: in float32 the noise has no tail above 16.6, a temperature lowered in secret (arXiv:2409.02908).
+    The noise is -log(-log u), in float64: float32 has no noise above 16.6, which secretly lowers the temperature
+    (arXiv:2409.02908, section 4).
     """
     if not temperature:
         return logits.argmax(-1)
@@ -58,162 +105,154 @@ def gumbel_argmax(logits: Tensor, temperature: float, rng: Generator) -> Tensor:
     return (logits.double() + temperature * noise.to(logits.device)).argmax(-1)
 
 
-# ---- score: logits (N,V), tokens (N,) -> confidence (N,), the higher the surer --------------------------------------
+# A file of decoding/ may put a quicker function with the same result, or the same distribution, beside one of these.
+QUICKER: dict[Callable, Callable] = {}
 
 
-def probability(logits: Tensor, tokens: Tensor, rng: Generator) -> Tensor:
-    """The probability of the token drawn, without noise: "low-confidence remasking" (LLaDA, algorithm 5)."""
+def quick(function: Callable) -> Callable:
+    """Return the quicker function that was registered for this one, or this one."""
+    return QUICKER.get(function, function)
+
+
+# ---- score: logits (N,V), tokens (N,) -> score (N,); the holes with the highest are committed first ------------------
+
+
+def probability(logits: Tensor, tokens: Tensor, rng: Generator | None = None) -> Tensor:
+    """Score by the probability of the token, without noise: "low-confidence remasking" (LLaDA, algorithm 5)."""
     return logits.softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
 
 def chance(logits: Tensor, tokens: Tensor, rng: Generator) -> Tensor:
-    """No preference: "random remasking" (LLaDA, algorithm 4)."""
+    """Score by a random number: "random remasking" (LLaDA, algorithm 4)."""
     return torch.rand(len(tokens), generator=rng, device=rng.device).to(logits.device)
 
 
-def margin(logits: Tensor, tokens: Tensor, rng: Generator) -> Tensor:
-    """The lead of the most probable token over the second (arXiv:2502.06768)."""
-    best = logits.softmax(-1).topk(2).values
-    return best[:, 0] - best[:, 1]
-
-
-def negative_entropy(logits: Tensor, tokens: Tensor, rng: Generator) -> Tensor:
-    """Minus the entropy in nats."""
-    log_p = logits.log_softmax(-1)
-    return (log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)  # 0 * -inf counts as 0
-
-
 Score = Callable[[Tensor, Tensor, Generator], Tensor]
-
 SCORES: dict[str, Score] = {
     "low_confidence": probability,
     "random": chance,
-    "margin": margin,
-    "entropy": negative_entropy,
 }
 
-# ---- commit: how many of the surest holes? --------------------------------------------------------------------------
+# ---- commit: which holes are written now? ----------------------------------------------------------------------------
 
 
 class Now(NamedTuple):
-    """What a rule may look at, of the rows that are being written."""
+    """What a method may look at before a step: the window in the R rows that are being written."""
 
+    x: Tensor  # (R,W) tokens
     hole: Tensor  # (R,W) bool
-    held: Tensor  # (R,W): how sure a token of ours was when it was committed; NaN for holes and for given tokens
-    left: int  # of the window's steps, this one included
+    given: Tensor  # (R,W) bool, the prompt's places
+    held: Tensor  # (R,W) the probability that each token of ours had when it was committed; NaN elsewhere
+    left: int  # steps of this window, this one included
     steps: int
+    chance: bool  # scores are random numbers, so one may choose before asking
     rng: Generator
 
     def holes(self) -> Tensor:
         return self.hole.sum(1)  # (R,)
 
     def uniform(self) -> Tensor:
-        """(R,W) between 0 and 1."""
+        """Draw a number between 0 and 1 for each place, (R,W)."""
         return torch.rand(self.hole.shape, generator=self.rng, device=self.rng.device).to(self.hole.device)
 
 
-# A rule sees each row's confidence (R,W) in falling order, -inf past its last hole, and answers with a number (R,).
-# In a window's last step the sampler does not ask: it commits all.
-Rule = Callable[[Tensor, Now], Tensor]
+class Guess(NamedTuple):
+    """What was proposed for the places asked about."""
+
+    tokens: Tensor  # (R,W) long; x elsewhere
+    score: Tensor  # (R,W); -inf elsewhere
+    probability: Tensor  # (R,W); NaN elsewhere
 
 
-class Method(NamedTuple):
-    """How a window is decoded. Made anew for every window, so that it may remember what it saw."""
-
-    commit: Rule
-    blind: bool = False  # the rule does not look at the confidence: it can say beforehand how many are due
-    revise: Callable[[Now], Tensor] | None = None  # which committed tokens become holes again, (R,W) bool
-    watch: Callable[..., Callable] | None = None  # (denoise, window, mask_id) -> denoise: to see more than the logits
-    score: Score | None = None  # in place of the one that remasking names
+def surest(score: Tensor, due: Tensor) -> Tensor:
+    """Mark in each row of score (R,W) the `due` (R,) highest, none at -inf: [.9,.2,.7], due 2 -> [T,F,T]."""
+    order = score.argsort(dim=1, descending=True, stable=True)
+    first = torch.arange(score.shape[1], device=score.device) < due[:, None]
+    return torch.zeros_like(first).scatter(1, order, first) & (score > -torch.inf)
 
 
-def quota() -> Method:
-    """The same number every step: holes left over steps left, rounded up. Equals the paper's precomputed table."""
-    return Method(lambda _, now: (now.holes() + now.left - 1) // now.left, blind=True)
+class Method:
+    """Decide how a window is decoded. Every published way is a subclass that changes one or two of these answers.
 
-
-def threshold(tau: float = 0.9) -> Method:
-    """All that are at least this sure, and always the surest (Fast-dLLM, arXiv:2505.22618)."""
-    return Method(lambda confidence, now: (confidence >= tau).sum(1).clamp(min=1))
-
-
-def factor(f: float = 1.0) -> Method:
-    """The largest n whose n-th confidence is at least 1 - f / (n + 1) (Fast-dLLM, from its theorem 1)."""
-
-    def rule(confidence: Tensor, now: Now) -> Tensor:
-        n = torch.arange(1, confidence.shape[1] + 1, device=confidence.device)
-        return ((confidence >= 1 - f / (n + 1)) * n).amax(1).clamp(min=1)
-
-    return Method(rule)
-
-
-def entropy_bound(gamma: float = 0.1) -> Method:
-    """The most whose entropies, but for the largest, add up to gamma nats at most (EB, arXiv:2505.24857)."""
-
-    def rule(confidence: Tensor, now: Now) -> Tensor:
-        entropy = -confidence  # in rising order, so the largest so far is the last
-        others = F.pad(entropy, (1, 0)).cumsum(1)[:, :-1]  # what the smaller ones add up to
-        return (others <= gamma).sum(1).minimum(now.holes())
-
-    return Method(rule)
-
-
-def ancestral() -> Method:
-    """Each hole by itself with probability 1 - s/t = 1/left on an even grid (LLaDA, eq. 10): with remasking "random",
-    temperature 1 and one window the exact reverse process as the steps grow. The only rule that may commit none."""
-    return Method(lambda _, now: ((now.uniform() < 1 / now.left) & now.hole).sum(1), blind=True)
-
-
-def first_hitting() -> Method:
-    """One at a time: with remasking "random", temperature 1 and one window an exact sample (arXiv:2409.02908)."""
-    return Method(lambda _, now: torch.ones_like(now.holes()), blind=True)
-
-
-RULES: dict[str, Callable[..., Method]] = {
-    "quota": quota,
-    "threshold": threshold,
-    "factor": factor,
-    "entropy-bound": entropy_bound,
-    "ancestral": ancestral,
-    "first-hitting": first_hitting,
-}
-
-
-def named(table: dict[str, Callable], what: str, spec: str) -> Callable:
-    """What a user calls "name" or "name:parameter,parameter", the parameters filled in. Raises BadInput."""
-    name, colon, given = spec.partition(":")
-    check_one_of(what, name, table)
-    takes = list(inspect.signature(table[name]).parameters)
-    texts = given.split(",") if colon else []
-    if len(texts) > len(takes):
-        few = f"at most {len(takes)} parameters ({', '.join(takes)})" if takes else "no parameter"
-        raise BadInput(f"{what}: expected {name} with {few}, got {spec!r}; leave out the rest")
-    values = []
-    for parameter, text in zip(takes, texts, strict=False):
-        try:
-            values.append(int(text) if text.strip().isdecimal() else float(text))
-        except ValueError:
-            values.append(text)  # no number: refused in the next line
-        check_number(f"{what} {name}, {parameter}", values[-1])
-    return table[name](*values)
-
-
-# ---- guidance -------------------------------------------------------------------------------------------------------
-
-
-def guided(model: Callable[..., Tensor], scale: float, given: Tensor, mask_id: int) -> Callable[..., Tensor]:
-    """Classifier-free guidance: logits + scale * (logits - logits without the prompt) (LLaDA, eq. 16; SMDM).
-
-    The same rows with the whole prompt masked ride along in one batch of 2B. given: (B,T), the prompt's positions.
+    It is made anew for every window, so it may remember what it saw there. In the last step of a window the sampler
+    asks about every hole and commits them all.
     """
 
-    def denoise(x: Tensor, attn_mask: Tensor | None, positions: Tensor, where: tuple, cache=None) -> Tensor:
-        both = torch.cat([x, x.masked_fill(given[:, positions], mask_id)])
-        mask = None if attn_mask is None else torch.cat([attn_mask, attn_mask])
-        row, column = where
-        twice = torch.cat([row, row + len(x)]), torch.cat([column, column])
-        logits = model(both, mask, positions, twice, cache)
-        conditional, unconditional = logits.chunk(2)
-        return conditional + scale * (conditional - unconditional)
+    score: Score | None = None  # what the rule goes by, in place of the score that `remasking` names
 
-    return denoise
+    def windows(self, hole: Tensor, width: int) -> list[slice]:
+        """Cut the columns from the first to the last hole of the batch (B,T) into windows; the last may be narrower."""
+        columns = hole.any(0).nonzero().flatten().tolist()
+        if not columns:
+            return []
+        return [slice(a, min(a + width, columns[-1] + 1)) for a in range(columns[0], columns[-1] + 1, width)]
+
+    def wrap(self, predict: Callable[[Ask], Tensor]) -> Callable[[Ask], Tensor]:
+        """Return the predictor to ask; a method that needs to see its logits wraps it."""
+        return predict
+
+    def ask(self, now: Now) -> Tensor:
+        """Return the places to ask about, (R,W) bool."""
+        return now.hole
+
+    def commit(self, now: Now, guess: Guess) -> Tensor:
+        """Return the places to write, (R,W) bool."""
+        return guess.score > -torch.inf
+
+    def revise(self, now: Now) -> Tensor | None:
+        """Return the committed places that become holes again, (R,W) bool, or None."""
+        return None
+
+    def done(self, now: Now) -> Tensor:
+        """Return which rows need no further step, (R,) bool. Who takes tokens back goes on to the last step."""
+        return ~now.hole.any(1) & (type(self).revise is Method.revise)
+
+
+class Counted(Method):
+    """Commit as many of the surest holes as `due` says, a number that does not depend on what the model predicts."""
+
+    def due(self, now: Now) -> Tensor:
+        """Return how many holes of each row to commit, (R,). Here LLaDA's quota: the same number in every step.
+
+        It is ceil(holes left / steps left): 5 holes in 3 steps -> 2, 2, 1, as the official table has it.
+        """
+        return (now.holes() + now.left - 1) // now.left
+
+    def ask(self, now: Now) -> Tensor:
+        self.n = self.due(now)
+        if now.chance:  # the order is random: choose now, and ask about the chosen places alone
+            return surest(now.uniform().masked_fill(~now.hole, -torch.inf), self.n)
+        return now.hole & (self.n > 0)[:, None]
+
+    def commit(self, now: Now, guess: Guess) -> Tensor:
+        return surest(guess.score, self.n)
+
+
+class Ancestral(Counted):
+    """Commit each hole with probability 1 - s/t = 1/left, independently (LLaDA, eq. 10).
+
+    With remasking "random", temperature 1 and one window this is the exact reverse process as the steps grow.
+    """
+
+    def due(self, now: Now) -> Tensor:
+        return ((now.uniform() < 1 / now.left) & now.hole).sum(1)
+
+
+class FirstHitting(Counted):
+    """Commit one hole a step. With remasking "random", temperature 1 and one window: an exact sample
+    (arXiv:2409.02908, section 3)."""
+
+    def due(self, now: Now) -> Tensor:
+        return torch.ones_like(now.holes())
+
+
+# name -> what makes it, called with the parameters behind the name. decoding/ adds to these tables.
+COMMITS: dict[str, Callable[..., Method]] = {
+    "quota": Counted,
+    "ancestral": Ancestral,
+    "first-hitting": FirstHitting,
+}
+REVISIONS: dict[str, Callable[..., Method]] = {}  # methods that take committed tokens back
+CACHES: dict[str, Callable[..., Callable[[Whole, Tensor], MaskPredictor]]] = {
+    "none": lambda: lambda predict, given: predict  # given (B,T) bool: the prompt's places
+}

@@ -31,7 +31,7 @@ from minillada.show.page import (
     to_svg,
 )
 from minillada.show.terminal import columns
-from minillada.show.trace import Trace, overhear
+from minillada.show.trace import Trace
 from minillada.text.tokenizer import Tokenizer, display
 
 ALL = list(range(1, len(WILD)))
@@ -44,10 +44,8 @@ def wild_trace():
 
 
 def revising_trace(seed=1):
-    model, steps = run(seed, temperature=1.0, revise="remdm-conf")
-    rivals = {}
-    steps = list(overhear(model, steps, rivals))
-    return steps, Trace.record(steps, letters(), rivals=rivals)
+    steps = list(run(seed, rivals=5, temperature=1.0, revise="remdm-conf")[1])
+    return steps, Trace.record(steps, letters())
 
 
 def unpacked(column):
@@ -69,9 +67,8 @@ def test_numbers_are_packed_in_as_few_bytes_as_the_largest_needs(most, kind):
     assert unpacked(pack([])) == []
 
 
-def test_confidence_becomes_a_level_and_an_entropy_one_that_falls_with_it():
-    assert level([0, 0.5, 1, float("nan"), 2]).tolist() == [0, 127, 254, UNKNOWN, 254]
-    assert level([-0.1, -1, -5, -1e30]).tolist() == [230, 93, 2, 0]
+def test_a_probability_becomes_a_level():
+    assert level([0, 0.5, 1, float("nan")]).tolist() == [0, 127, 254, UNKNOWN]
 
 
 def test_the_page_is_told_every_event_and_rival():
@@ -83,7 +80,7 @@ def test_the_page_is_told_every_event_and_rival():
     assert count == np.bincount(trace.position, minlength=15).tolist() and sum(count) == len(step)
     assert (step, kind) == (trace.step.tolist(), trace.kind.tolist())
     assert [words[i] for i in token] == trace.texts(trace.token)
-    assert sure == level(trace.confidence).tolist()
+    assert sure == level(trace.probability).tolist()
     expected = [trace.rivals[s, p] for p, s, k in zip(trace.position, trace.step, trace.kind, strict=True) if k == 2]
     assert told["top"] == 5 and [words[i] for i in rival] == [w for ids, _ in expected for w in trace.texts(ids)]
     assert p == [x for _, values in expected for x in level(values).tolist()]
@@ -114,9 +111,9 @@ def noise(n_steps, length, repeats, words=4096):
         hole, committed = x == 0, nothing.clone()
         committed[0, order[step * length // n_steps : (step + 1) * length // n_steps]] = True
         proposed = torch.where(hole, draws[step // repeats], x)
-        confidence = torch.full(x.shape, torch.nan).masked_fill(hole, 0.3)
+        p = torch.full(x.shape, torch.nan).masked_fill(hole, 0.3)
         x = torch.where(committed, proposed, x)
-        steps.append(Step(x, proposed, confidence, committed, nothing, slice(0, length), step, step + 1))
+        steps.append(Step(x, proposed, p, p, committed, nothing, slice(0, length), step, step + 1))
     return steps
 
 
@@ -164,7 +161,7 @@ def show(browser, tmp_path):
 
 def canvas(steps, n, tokenizer):
     """The texts of a row after n steps, as the page shows them; before the first, the given ones."""
-    row = steps[n - 1].x[0] if n else torch.where(steps[0].confidence.isnan(), steps[0].proposed, tokenizer.mask_id)[0]
+    row = steps[n - 1].x[0] if n else torch.where(steps[0].probability.isnan(), steps[0].proposed, tokenizer.mask_id)[0]
     return ["░" if id == tokenizer.mask_id else display(tokenizer.token(id)) for id in row.tolist()]
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from oracles import Oracle, tiny_model
 
-from minillada.canvas import Canvas
 from minillada.model import ModelConfig
-from minillada.sampler import SampleConfig, method_of, stream
-from minillada.strategies import Now
+from minillada.sampler import Canvas, SampleConfig, method_of, stream
+from minillada.strategies import Ask, Now, Whole
 
 MASK, WORDS = 3, 3
 
@@ -24,13 +23,13 @@ class Script(Oracle):
         super().__init__(ModelConfig(vocab_size=WORDS + 1, mask_id=MASK, n_layer=1, max_len=64), None)
         self.says, self.beliefs = says, beliefs
 
-    def forward(self, tokens, attn_mask=None, positions=None, keep=None, cache=None):
-        says = self.says[self.calls]
+    def forward(self, tokens, attn_mask=None, positions=None, where=None, cache=None):
+        says, positions = self.says[self.calls], [] if positions is None else positions
         p = torch.tensor([*says, *(self.beliefs[self.calls][i] for i in positions[len(says) :])], dtype=torch.float64)
         rest = ((1 - p) / (WORDS - 1))[:, None].expand(-1, WORDS - 1)
         table = torch.cat([p[:, None], rest, torch.zeros(len(p), 1)], dim=1).log()  # [MASK] is never right
         self.logits = lambda x: table.expand(len(x), -1, -1)
-        return super().forward(tokens, keep=keep)
+        return super().forward(tokens, where=where)
 
 
 def trace(model, steps, width, **options):
@@ -85,11 +84,10 @@ def test_wino_takes_back_what_its_shadow_doubts_but_fewer_than_it_just_committed
 
 def watched(model, x, window, attn_mask=None):
     """The logits of x's holes beside the shadows, and what the shadows believe."""
-    method = method_of("quota", "wino")
-    keep = (x == model.config.mask_id).flatten().nonzero().flatten()
-    denoise = method.watch(model, window, model.config.mask_id)
-    logits = denoise(x, attn_mask, torch.arange(x.shape[1]), keep)
-    return logits, method.revise.__self__.belief
+    method = method_of(SampleConfig(revise="wino"))
+    where = (x == model.config.mask_id).nonzero(as_tuple=True)
+    logits = method.wrap(Whole(model))(Ask(x, where, window, torch.arange(len(x)), attn_mask))
+    return logits, method.belief
 
 
 def test_winos_shadows_are_seen_by_nobody_and_padding_is_seen_by_no_shadow():

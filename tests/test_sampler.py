@@ -10,12 +10,10 @@ from hypothesis import strategies as st
 from oracles import GOLDEN, Oracle, random_order_distribution, table_model, tiny_model
 
 import minillada
-from minillada.canvas import Canvas
-from minillada.decoding.revisions import REVISIONS
 from minillada.errors import BadInput
 from minillada.model import ModelConfig
-from minillada.sampler import CACHES, COMMITS, SampleConfig, generate, stream
-from minillada.strategies import SCORES, Now, draw
+from minillada.sampler import Canvas, SampleConfig, generate, predictor_of, stream
+from minillada.strategies import CACHES, COMMITS, REVISIONS, SCORES, Ask, Guess, Now, Whole, draw, gumbel_argmax, quick
 
 MASK = 15
 CASES = json.loads((GOLDEN / "sampler_expected.json").read_text())["cases"]
@@ -34,11 +32,11 @@ class Knows(Oracle):
         super().__init__(ModelConfig(vocab_size=16, mask_id=MASK, eos_id=14, pad_id=13, n_layer=1, max_len=64), None)
         self.text = torch.tensor(text)
 
-    def forward(self, tokens, attn_mask=None, positions=None, keep=None, cache=None):
+    def forward(self, tokens, attn_mask=None, positions=None, where=None, cache=None):
         positions = torch.arange(tokens.shape[1]) if positions is None else positions
         right = torch.nn.functional.one_hot(self.text[positions], 16) * (9 - positions / 10)[:, None]
         self.logits = lambda tokens: right.expand(len(tokens), -1, -1)
-        return super().forward(tokens, keep=keep)
+        return super().forward(tokens, where=where)
 
 
 # ---- against the official loop --------------------------------------------------------------------------------------
@@ -116,11 +114,10 @@ def plain_loop(model, prompt, config):
     seed=st.integers(0, 9),
 )
 def test_the_fast_sampler_writes_what_a_plain_loop_writes(prompts, shape, remasking, commit, seed, **options):
-    if commit == "entropy-bound":
-        remasking = "entropy"
     model = tiny_model(seed).double()
     config = SampleConfig(*shape, remasking=remasking, commit=commit, stop_at_eos=False, **options)
-    assert generate(model, prompts, config) == [plain_loop(model, prompt, config) for prompt in prompts]
+    by = replace(config, remasking="entropy") if commit == "entropy-bound" else config  # which brings its own score
+    assert generate(model, prompts, config) == [plain_loop(model, prompt, by) for prompt in prompts]
 
 
 # ---- what is always true --------------------------------------------------------------------------------------------
@@ -131,9 +128,8 @@ RULES = [*COMMITS, "threshold:0", "threshold:2", "factor:0.5", "entropy-bound:0"
 def together(options):
     """The options with whatever does not go together put right."""
     commit = options["commit"] if options["revise"] == "none" else "quota"
-    remasking = {"entropy-bound": "entropy", "klass": "low_confidence"}.get(commit.partition(":")[0])
     cache = "none" if options["revise"].startswith("wino") else options["cache"]
-    return {**options, "commit": commit, "remasking": remasking or options["remasking"], "cache": cache}
+    return {**options, "commit": commit, "cache": cache}
 
 
 options = st.fixed_dictionaries(
@@ -193,10 +189,7 @@ def test_the_same_holds_for_two_thousand_examples(options, prompts, seed):
 @given(options, prompts, st.integers(0, 2**31))
 def test_a_batch_gives_what_its_rows_give_alone_at_temperature_zero(options, prompts, seed):
     certain = {"temperature": 0.0, "remasking": "low_confidence", "commit": "quota", "revise": "none"}
-    cache = (
-        "none" if "refresh" in options["cache"] else options["cache"]
-    )  # which counts its calls, of all rows together
-    config = SampleConfig(**{**options, **certain, "cache": cache})
+    config = SampleConfig(**{**options, **certain})
     model = tiny_model().double()
     alone = [generate(model, [prompt], config, seed)[0] for prompt in prompts]
     assert generate(model, prompts, config, seed) == alone
@@ -223,7 +216,15 @@ def now(hole, left=3, steps=10, held=None, seed=0):
     """What a rule is told; hole (R,W) as a list of 0 and 1."""
     hole = torch.tensor(hole, dtype=torch.bool)
     held = torch.full(hole.shape, math.nan) if held is None else torch.tensor(held)
-    return Now(hole, held, left, steps, torch.Generator().manual_seed(seed))
+    x = torch.where(hole, MASK, 1)
+    return Now(x, hole, torch.zeros_like(hole), held, left, steps, False, torch.Generator().manual_seed(seed))
+
+
+def committed(rule, score, here):
+    """The places that a rule commits, (R,W) as a list of 0 and 1, if these are the scores of the holes."""
+    asked = rule.ask(here)
+    score = torch.where(asked, score, -torch.inf)
+    return rule.commit(here, Guess(here.x, score, score)).int().tolist()
 
 
 @settings(max_examples=100, deadline=None)
@@ -232,7 +233,7 @@ def test_the_stateless_quota_equals_the_papers_table(holes, steps):
     table = [holes // steps + (i < holes % steps) for i in range(steps)]
     left = holes
     for i, due in enumerate(table):
-        assert COMMITS["quota"]().commit(None, now([[1] * left + [0]], steps - i, steps)).item() == due
+        assert COMMITS["quota"]().due(now([[1] * left + [0]], steps - i, steps)).item() == due
         left -= due
     assert left == 0
 
@@ -250,9 +251,9 @@ class Counting(Oracle):
         super().__init__(ModelConfig(vocab_size=4, mask_id=3, n_layer=1), lambda x: torch.zeros(*x.shape, 4))
         self.asked = []
 
-    def forward(self, tokens, attn_mask=None, positions=None, keep=None, cache=None):
-        self.asked.append(len(keep))
-        return super().forward(tokens, keep=keep)
+    def forward(self, tokens, attn_mask=None, positions=None, where=None, cache=None):
+        self.asked.append(len(where[0]))
+        return super().forward(tokens, where=where)
 
 
 @pytest.mark.parametrize("remasking", ["random", "low_confidence"])
@@ -353,11 +354,12 @@ def test_drawing_follows_the_tempered_softmax():
     assert torch.allclose(found, (logits / 0.5).softmax(0), atol=0.01)
 
 
+@pytest.mark.parametrize("function", [gumbel_argmax, quick(gumbel_argmax)], ids=["one round", "two rounds"])
 @pytest.mark.parametrize("kinds", [2, 7, 100])
-def test_drawing_in_two_rounds_is_drawing_from_the_softmax(kinds):
+def test_drawing_is_drawing_from_the_softmax(kinds, function):
     logits = 2 * torch.randn(kinds, generator=torch.Generator().manual_seed(1))
     n = 100_000
-    tokens = draw(logits.expand(n, -1), 1.3, 0, 1.0, torch.Generator().manual_seed(0))
+    tokens = function(logits.expand(n, -1), 1.3, torch.Generator().manual_seed(0))
     p = (logits / 1.3).softmax(0)
     errors = (tokens.bincount(minlength=kinds) / n - p).abs() / (p * (1 - p) / n).sqrt()
     assert errors.max() < 4.5
@@ -391,25 +393,35 @@ def test_scores_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("rule", "due"),
+    ("rule", "expected"),
     [
-        (COMMITS["quota"](), 2),  # 5 holes, 3 steps left
-        (COMMITS["threshold"](0.9), 2),
-        (COMMITS["threshold"](0.99), 1),  # always the surest
-        (COMMITS["factor"](0.3), 2),  # 1 - .3/2 = .85, 1 - .3/3 = .9, 1 - .3/4 = .925 > .8
-        (COMMITS["first-hitting"](), 1),
+        (COMMITS["quota"](), [1, 1, 0, 0, 0, 0]),  # 5 holes, 3 steps left
+        (COMMITS["threshold"](0.9), [1, 1, 0, 0, 0, 0]),
+        (COMMITS["threshold"](0.99), [1, 0, 0, 0, 0, 0]),  # always the surest
+        (COMMITS["factor"](0.3), [1, 1, 0, 0, 0, 0]),  # 1 - .3/2 = .85, 1 - .3/3 = .9, 1 - .3/4 = .925 > .8
+        (COMMITS["first-hitting"](), [1, 0, 0, 0, 0, 0]),
     ],
 )
-def test_commit_rules_by_hand(rule, due):
-    confidence = torch.tensor([[0.95, 0.92, 0.8, 0.5, 0.1, -torch.inf]])
-    assert rule.commit(confidence, now([[1, 1, 1, 1, 1, 0]])).tolist() == [due]
+def test_commit_rules_by_hand(rule, expected):
+    score = torch.tensor([[0.95, 0.92, 0.8, 0.5, 0.1, -torch.inf]])
+    assert committed(rule, score, now([[1, 1, 1, 1, 1, 0]])) == [expected]
 
 
 def test_the_entropy_bound_adds_up_all_entropies_but_the_largest():
-    confidence = -torch.tensor([[0.02, 0.03, 0.04, 0.9, torch.inf], [0.5, 0.6, 0.7, torch.inf, torch.inf]])
+    score = -torch.tensor([[0.02, 0.03, 0.04, 0.9, torch.inf], [0.7, 0.5, 0.6, torch.inf, torch.inf]])
     here = now([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
-    assert COMMITS["entropy-bound"](0.1).commit(confidence, here).tolist() == [4, 1]
-    assert COMMITS["entropy-bound"](0.06).commit(confidence, here).tolist() == [3, 1]
+    assert committed(COMMITS["entropy-bound"](0.1), score, here) == [[1, 1, 1, 1, 0], [0, 1, 0, 0, 0]]
+    assert committed(COMMITS["entropy-bound"](0.06), score, here) == [[1, 1, 1, 0, 0], [0, 1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("commit", ["entropy-bound:0.5", "klass:0.3,0.5"])
+def test_a_rule_that_needs_a_score_brings_it_whatever_remasking_says(commit):
+    model = tiny_model()
+    answers = [
+        generate(model, [[1, 2]], SampleConfig(8, 8, 8, commit=commit, remasking=remasking))
+        for remasking in ("low_confidence", "margin", "entropy", "random")
+    ]
+    assert all(answer == answers[0] for answer in answers)
 
 
 # ---- the end of a text ----------------------------------------------------------------------------------------------
@@ -444,6 +456,14 @@ def test_deferred_stop_ids_are_committed_last():
 def test_banned_stop_ids_are_never_written_at_any_temperature(temperature):
     config = SampleConfig(8, 8, 8, temperature=temperature, ban_eos=True)
     assert all(14 not in generate(Knows([14] * 8), [[]], config, seed)[0] for seed in range(10))
+
+
+def test_banned_ids_are_never_written_and_the_others_make_up_for_them():
+    model = table_model()
+    canvas = Canvas.infill([[3] * 4] * 500, model.config)
+    options = {"temperature": 1.0, "remasking": "random", "commit": "first-hitting"}
+    x = last(stream(model, canvas, SampleConfig(4, 4, 4, banned_ids=(1,), **options))).x
+    assert set(x.flatten().tolist()) == {0, 2}
 
 
 # ---- infilling, guidance, caches ------------------------------------------------------------------------------------
@@ -498,6 +518,39 @@ def test_a_cache_renewed_at_every_step_changes_nothing(cache, steps, cfg_scale):
     assert generate(model, prompts, replace(plain, cache=cache)) == generate(model, prompts, plain)
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"n_layer": 1}, {"n_head": 4, "n_kv_head": 2}, {"n_expert": 4, "n_expert_active": 2, "d_expert": 8}]
+)
+def test_leaving_queries_out_changes_no_logit(fields):
+    """What a stream asks a LLaDA with, beside the whole evaluation, with and without padding."""
+    model = tiny_model(**fields)
+    x = torch.randint(13, (3, 12), generator=torch.Generator().manual_seed(0))
+    where = torch.tensor([0, 0, 2]), torch.tensor([4, 6, 5])
+    valid = torch.arange(12) >= torch.tensor([[0], [3], [2]])
+    square = valid[:, None, None, :] & torch.ones(12, 12, dtype=torch.bool).tril(8)
+    assert type(predictor_of(model)) is not Whole
+    for mask in (None, valid[:, None, None, :], square):
+        ask = Ask(x, where, slice(4, 8), torch.arange(3), mask)
+        assert torch.allclose(predictor_of(model)(ask), Whole(model)(ask), atol=1e-5)
+
+
+def test_a_hooked_or_compiled_model_is_evaluated_whole():
+    model = tiny_model()
+    assert type(predictor_of(torch.compile(model, backend="eager"))) is Whole
+    model.register_forward_pre_hook(lambda *_: None)
+    assert type(predictor_of(model)) is Whole
+
+
+def test_any_mask_predictor_can_take_the_models_place():
+    class Uniform:
+        config, device = tiny_model().config, torch.device("cpu")
+
+        def __call__(self, ask):
+            return torch.zeros(len(ask.where[0]), 16)
+
+    assert generate(Uniform(), [[1], [2, 3]], SampleConfig(4, 4, 4, cfg_scale=1.0)) == [[0] * 4] * 2
+
+
 def test_a_compiled_model_writes_the_same():
     """With the backend that only traces: what the others make of the trace is theirs to test."""
     model, config = tiny_model().double(), SampleConfig(8, 8, 4)
@@ -538,7 +591,6 @@ def test_a_bad_option_is_refused_by_name(options):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("remasking", {"commit": "entropy-bound:0.1"}), ("remasking", {"commit": "klass", "remasking": "margin"}),
         ("commit", {"commit": "threshold:0.9", "revise": "remdm-conf"}), ("cache", {"cache": "dual", "revise": "wino"}),
     ],
 )  # fmt: skip
@@ -557,7 +609,7 @@ def test_the_error_for_a_window_says_what_to_try():
     [
         ([], {}, "canvas"), ([[1, MASK]], {}, "prompt"), ([[1, 16]], {}, "token"), ([[-1]], {}, "token"),
         ([[1] * 4090], {}, "canvas"), ([[1]], {"stop_ids": (99,)}, "stop_ids"),
-        ([[1]], {"stop_ids": (MASK,)}, "stop_ids"),
+        ([[1]], {"stop_ids": (MASK,)}, "stop_ids"), ([[1]], {"banned_ids": (16,)}, "banned_ids"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_the_first_evaluation(prompts, options, message):

@@ -10,12 +10,11 @@ import torch
 from oracles import tiny_model
 from wild import WILD, by_hand, wild_tokenizer
 
-from minillada.canvas import Canvas
 from minillada.errors import BadInput
-from minillada.sampler import SampleConfig, stream
+from minillada.sampler import Canvas, SampleConfig, predictor_of, stream
 from minillada.show import terminal
 from minillada.show.terminal import columns, layout, pieces, watch
-from minillada.show.trace import COMMITTED, ENDED, PROPOSED, REVISED, Trace, feed, overhear
+from minillada.show.trace import COMMITTED, ENDED, PROPOSED, REVISED, Trace
 from minillada.text.tokenizer import Tokenizer
 
 MASK, WORDS = 15, 12
@@ -38,11 +37,11 @@ def letters() -> Tokenizer:
     return Tokenizer(Tokenizer.characters("abcdefghijk").inner, {"mask": MASK, "eos": 14, "pad": 13})
 
 
-def run(seed=0, prompts=((1, 2, 3),), model=None, **options):
+def run(seed=0, prompts=((1, 2, 3),), model=None, rivals=0, **options):
     """A model and all the steps of one sampling."""
     model = model or tiny_model(seed)
     config = SampleConfig(**{"gen_len": 12, "steps": 12, "block_len": 12, **options})
-    return model, stream(model, Canvas.continuation(prompts, config.gen_len, model.config), config, seed)
+    return model, stream(model, Canvas.continuation(prompts, config.gen_len, model.config), config, seed, rivals)
 
 
 def replayed(trace: Trace):
@@ -81,7 +80,7 @@ def test_a_text_that_ends_early_is_ended_and_not_committed():
         assert list(replayed(trace)) == [step.x[0].tolist() for step in steps]
         if (trace.kind == ENDED).any():
             assert set(trace.token[trace.kind == ENDED]) == {14}
-            assert np.isnan(trace.confidence[trace.kind == ENDED]).all()
+            assert np.isnan(trace.probability[trace.kind == ENDED]).all()
             return
     raise AssertionError("no text ended early")
 
@@ -94,7 +93,7 @@ def test_events_say_when_and_how_surely_and_proposals_only_what_changed():
         (0, 0, PROPOSED, 3), (0, 1, COMMITTED, 3), (1, 0, COMMITTED, 4),
         (2, 0, PROPOSED, 5), (2, 1, PROPOSED, 6), (2, 2, COMMITTED, 5),
     ]  # fmt: skip
-    assert (trace.confidence == 0.25).all()
+    assert (trace.probability == 0.25).all()
     assert trace.written().tolist() == [1, 0, 2]
     same = [step._replace(proposed=steps[0].proposed) for step in steps[:2]]
     assert (Trace.record(same, wild_tokenizer()).step[-1], len(Trace.record(same, wild_tokenizer()).step)) == (0, 4)
@@ -104,7 +103,7 @@ def test_spans_tell_how_long_a_token_stayed():
     steps = by_hand([3, 4], [[0], [1]])
     back = torch.tensor([[True, False]])
     again = steps[1]._replace(
-        revised=back, committed=torch.tensor([[True, True]]), confidence=torch.full((1, 2), 0.5),
+        revised=back, committed=torch.tensor([[True, True]]), probability=torch.full((1, 2), 0.5),
         proposed=torch.tensor([[7, 4]]), x=torch.tensor([[7, 4]]),
     )  # fmt: skip
     trace = Trace.record([steps[0], again], wild_tokenizer())
@@ -124,7 +123,7 @@ def test_a_frame_is_what_the_step_was(options):
     assert trace.frame(0)[0] == [1, 2, 3] + [MASK] * 12
     for n, step in enumerate(steps, start=1):
         tokens, sure, new, back = trace.frame(n)
-        held = torch.where(step.committed[0], step.confidence[0], held).masked_fill(step.x[0] == MASK, torch.nan)
+        held = torch.where(step.committed[0], step.probability[0], held).masked_fill(step.x[0] == MASK, torch.nan)
         assert (tokens, new, back) == (step.x[0].tolist(), step.committed[0].tolist(), step.revised[0].tolist())
         assert torch.equal(torch.tensor(sure).nan_to_num(-1), held.nan_to_num(-1))
 
@@ -136,96 +135,76 @@ def test_a_character_of_several_tokens_is_joined():
     assert Trace.record(steps, tokenizer).joined() == [(0, 2, "é"), (2, 3, "漢"), (5, 4, "👩")]
 
 
-# ---- overhear -------------------------------------------------------------------------------------------------------
+# ---- what steps say of their probabilities --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", WAYS, ids=lambda options: " ".join(map(str, options.values())) or "defaults")
-def test_to_listen_changes_no_token(options):
+def test_to_ask_for_rivals_changes_no_token(options):
     for prompts in ([[1, 2, 3]], [[1, 2, 3], [4]]):
         plain = [step.x for step in run(prompts=prompts, **options)[1]]
-        model, steps = run(prompts=prompts, **options)
-        heard = list(overhear(model, steps, {}))
-        assert len(heard) == len(plain)
-        assert all(torch.equal(step.x, x) for step, x in zip(heard, plain, strict=True))
+        told = list(run(prompts=prompts, rivals=3, **options)[1])
+        assert len(told) == len(plain)
+        assert all(torch.equal(step.x, x) for step, x in zip(told, plain, strict=True))
+
+
+class Listener:
+    """A mask predictor that notes the canvas of every question."""
+
+    def __init__(self, model) -> None:
+        self.predict, self.canvases = predictor_of(model), []
+        self.config, self.device = self.predict.config, self.predict.device
+
+    def __call__(self, ask):
+        self.canvases.append(ask.x)
+        return self.predict(ask)
 
 
 @pytest.mark.parametrize("options", [way for way in WAYS if "cache" not in way], ids=str)
-def test_what_is_heard_is_the_models_own_probability_of_what_was_proposed(options):
-    model, steps = run(prompts=[[1, 2, 3], [4]], **options)
-    rivals, seen = {}, []
-    model.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    valid = Canvas.continuation([[1, 2, 3], [4]], 12, model.config).valid
-    for step in overhear(model, steps, rivals):
-        asked = ~step.confidence.isnan()
-        canvas = seen[-1][:2, :15]  # without guidance's rows and without shadows
-        p = model(canvas, valid[:, None, None, :]).softmax(-1)
-        assert torch.allclose(step.confidence[asked], p.gather(-1, step.proposed[..., None])[..., 0][asked], atol=1e-5)
-        for row, column in step.committed.nonzero().tolist():
-            ids, values = rivals[step.step, row, column]
-            expected = p[row, column].topk(5)
-            assert torch.allclose(torch.tensor(values), expected.values, atol=1e-5)
-            assert torch.allclose(p[row, column, ids], expected.values, atol=1e-5)
-    assert rivals
+def test_a_step_has_the_mask_predictors_own_probability_of_what_was_proposed(options):
+    model, prompts = tiny_model(), [[1, 2, 3], [4]]
+    listener, checked = Listener(model), 0
+    config = SampleConfig(**{"gen_len": 12, "steps": 12, "block_len": 12, **options})
+    start = Canvas.continuation(prompts, 12, model.config)
+    mask, given = start.valid[:, None, None, :], start.x != MASK
+    for step in stream(listener, start, config, rivals=5):
+        asked, canvas = ~step.probability.isnan(), listener.canvases[-1][:2, :15]  # without guidance's rows and shadows
+        logits = model(canvas, mask)
+        if config.cfg_scale:
+            logits = logits + config.cfg_scale * (logits - model(canvas.masked_fill(given, MASK), mask))
+        p = logits.softmax(-1)
+        expected = p.gather(-1, step.proposed[..., None])[..., 0]
+        assert torch.allclose(step.probability[asked], expected[asked], atol=1e-5)
+        best = p[step.committed].topk(5)
+        assert torch.allclose(step.rivals.probability, best.values, atol=1e-5)
+        assert torch.allclose(p[step.committed].gather(-1, step.rivals.tokens), best.values, atol=1e-5)
+        checked += len(best.values)
+    assert checked
 
 
-def test_after_listening_the_model_is_as_before():
-    model, steps = run()
-    listening = overhear(model, steps)
-    next(listening)
-    assert model.head._forward_hooks
-    listening.close()
-    assert not model.head._forward_hooks
+def test_banned_ids_change_the_score_and_not_the_probability_that_a_step_reports():
+    (first, *_), (banned, *_) = run()[1], run(banned_ids=tuple(range(8)))[1]
+    asked = ~first.probability.isnan()
+    assert (banned.proposed[asked] >= 8).all() and (banned.score[asked] >= banned.probability[asked]).all()
+    assert (banned.score[asked] > banned.probability[asked]).any()
+    assert torch.equal(first.score, first.probability) or torch.allclose(first.score[asked], first.probability[asked])
 
 
-def test_what_says_nothing_cannot_be_overheard():
-    _, steps = run()
-    with pytest.raises(BadInput, match="model: expected the one that makes the steps"):
-        list(overhear(tiny_model(), steps))
-
-
-# ---- streamers ------------------------------------------------------------------------------------------------------
-
-
-class Streamer:
-    """What Hugging Face's TextStreamer asks of its caller: one row, the prompt first, the end once."""
-
-    def __init__(self) -> None:
-        self.got, self.ended = [], False
-
-    def put(self, value: torch.Tensor) -> None:
-        assert not self.ended
-        assert value.dim() == 1 or (value.dim() == 2 and len(value) == 1)
-        self.got.append(value.flatten().tolist())
-
-    def end(self) -> None:
-        assert not self.ended
-        self.ended = True
-
-
-@pytest.mark.parametrize("options", WAYS, ids=lambda options: " ".join(map(str, options.values())) or "defaults")
-def test_a_streamer_gets_the_prompt_and_then_the_answer_from_left_to_right(options):
-    for block_len in (12, 4):
-        config = SampleConfig(**{"gen_len": 12, "steps": 12, "stop_ids": (14,), **options, "block_len": block_len})
-        model = tiny_model()
-        steps = list(stream(model, Canvas.continuation([[1, 2, 3]], 12, model.config), config))
-        streamer = Streamer()
-        feed(iter(steps), streamer, [1, 2, 3], config, MASK)
-        answer = steps[-1].x[0, 3:].tolist()
-        answer = answer[: answer.index(14) + 1] if 14 in answer else answer
-        assert streamer.ended and streamer.got == [[1, 2, 3], *([token] for token in answer)]
-
-
-def test_a_streamer_gets_a_token_as_soon_as_nothing_before_it_is_open():
-    streamer, config = Streamer(), SampleConfig(gen_len=3, steps=3, block_len=3)
-    steps, heard = by_hand([3, 4, 5], [[1], [0], [2]]), []
-
-    def listen():
-        for step in steps:
-            yield step
-            heard.append([token for put in streamer.got[1:] for token in put])
-
-    feed(listen(), streamer, [], config, 0)
-    assert heard == [[], [3, 4], [3, 4, 5]]
+def test_the_trace_has_the_rivals_of_its_own_row():
+    steps = list(run(prompts=[[1, 2, 3], [4]], rivals=2, temperature=1.0, revise="random-remask")[1])
+    for row in (0, 1):
+        trace = Trace.record(iter(steps), letters(), row, start=2)
+        places = {
+            (s, p)
+            for s, p in zip(
+                trace.step[trace.kind == COMMITTED].tolist(),
+                trace.position[trace.kind == COMMITTED].tolist(),
+                strict=True,
+            )
+        }
+        assert trace.rivals.keys() == places
+        for (n, position), (ids, _) in trace.rivals.items():
+            at = steps[n].committed.nonzero().tolist().index([row, position + 2])
+            assert ids == steps[n].rivals.tokens[at].tolist()
 
 
 # ---- the terminal ---------------------------------------------------------------------------------------------------
@@ -256,8 +235,8 @@ def plain(text):
 def test_a_terminal_shows_new_sure_doubtful_and_revoked_tokens(monkeypatch):
     screen = Screen(monkeypatch)
     steps = by_hand([21, 11, 24], [[0], [1], [2]])
-    steps[0] = steps[0]._replace(confidence=steps[0].confidence.masked_fill(steps[0].committed, 0.9))
-    steps[1] = steps[1]._replace(confidence=steps[1].confidence.masked_fill(steps[1].committed, 0.5))
+    steps[0] = steps[0]._replace(probability=steps[0].probability.masked_fill(steps[0].committed, 0.9))
+    steps[1] = steps[1]._replace(probability=steps[1].probability.masked_fill(steps[1].committed, 0.5))
     steps[2] = steps[2]._replace(
         revised=torch.tensor([[True, False, False]]),
         x=torch.tensor([[0, 11, 24]]),

@@ -29,8 +29,8 @@ def by_hand(text: list[int], order: list[list[int]], mask_id: int = 0) -> list[S
         committed = torch.zeros_like(hole)
         committed[0, positions] = True
         proposed = torch.where(hole, torch.where(committed, final, (final + step) % len(WILD)), x)
-        confidence = torch.full(x.shape, torch.nan).masked_fill(hole, 0.25)
+        p = torch.full(x.shape, torch.nan).masked_fill(hole, 0.25)
         x = torch.where(committed, final, x)
         nothing = torch.zeros_like(hole)
-        steps.append(Step(x, proposed, confidence, committed, nothing, slice(0, len(text)), step, step + 1))
+        steps.append(Step(x, proposed, p, p, committed, nothing, slice(0, len(text)), step, step + 1))
     return steps

@@ -1,85 +1,74 @@
-"""Compute again only what has probably changed: dLLM-Cache (arXiv:2506.06295) as a wrapper round the model.
+"""dLLM-Cache (arXiv:2506.06295): compute again only the places that have probably changed.
 
-An approximation. In a bidirectional model one new token changes what every position computes; what is reused here is
-out of date until it is refreshed. With prompt_every=1 and answer_every=1 (or share=1) nothing is reused, and the logits
-are the model's own.
+This is an approximation. In a bidirectional model one new token changes what every position computes; what is reused
+here is out of date until it is renewed. With prompt_every=1 and answer_every=1, or share=1, nothing is reused and the
+logits are the model's own.
 
-Shapes: R rows (B, or 2B under guidance), T sequence, A columns that may be renewed in a call, M the most places renewed
-in a row, N places renewed in all rows, C model width, D head width, V vocabulary.
+Shapes: B rows of the canvas (rows B and above are those that guidance adds), R of them in a question, T sequence, A
+columns that may be renewed in a call, M the most places renewed in a row, N places renewed in all rows, C model width,
+D head width, V vocabulary.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import BadInput, check_number, check_whole
-from ..model import LLaDA, attend, rotary_angles, rotate
+from ..model import attend
+from ..strategies import CACHES, Ask, Whole
 
 
 class Refresh:
-    """A model that remembers, to be called like one: with the whole canvas, once per step of one sampling.
+    """Remember each position's key, value and output in every layer, and renew a part of them per call.
 
-    It holds each position's key, value and output in every layer (attention and feed-forward in one sum, as they are
-    renewed together). Every prompt_every calls the prompt is computed again, every answer_every calls the answer. In
-    between, the first layer renews the whole answer, and each layer above this share of the answer, rounded up: the
-    places whose new value vector is least like the one held (by cosine). The first cannot choose: there a value is a
-    function of its own token, and shows nothing of what changed around it.
+    Every prompt_every calls a row's prompt is computed again, every answer_every calls its answer. In between, the
+    first layer renews the whole answer, and each layer above this share of the answer, rounded up: the places whose new
+    value vector is least like the one held (by cosine). The first layer cannot choose so: there a value is a function
+    of its own token, and shows nothing of what changed around it.
 
     Where a token has changed since the last call, all layers renew its place, before any other and even beyond the
     share. With share=0 they renew nothing else, the first layer included, and compare nothing.
-
-    given: (B,T) bool, the prompt. Raises BadInput for parameters out of range.
     """
 
     def __init__(
-        self, model: LLaDA, given: Tensor, prompt_every: int = 50, answer_every: int = 7, share: float = 0.25
+        self, predict: Whole, given: Tensor, prompt_every: int = 50, answer_every: int = 7, share: float = 0.25
     ) -> None:
-        self.check(prompt_every, answer_every, share)
-        self.model, self.given, self.share = model, given, share
-        self.prompt_every, self.answer_every, self.calls = prompt_every, answer_every, 0
-
-    @staticmethod
-    def check(prompt_every: int, answer_every: int, share: float) -> None:
-        """Raise BadInput for parameters out of range."""
-        check_whole("cache refresh, prompt_every", prompt_every, 1)
-        check_whole("cache refresh, answer_every", answer_every, 1)
-        check_number("cache refresh, share", share, 0.0, 1.0)
+        self.model, self.config, self.device = predict.model, predict.config, predict.device
+        self.given, self.share = given, share  # given (B,T): the prompt's places
+        self.prompt_every, self.answer_every = prompt_every, answer_every
+        self.calls: Tensor | None = None  # (B or 2B,) how often each row was asked about
 
     @torch.no_grad()
-    def __call__(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        where: tuple | None = None,
-        cache: None = None,
-    ) -> Tensor:
-        """The arguments and logits of LLaDA.forward, but x is (R,T), R a multiple of B, the same R at every call;
-        attn_mask hides keys only, (R or 1,1,1,T); positions are (T,). Raises BadInput for another canvas or a cache.
-        """
-        if not self.calls:
-            self.allocate(x)
-        given = self.given.repeat(len(x) // len(self.given), 1)  # guidance stacks the same rows twice
-        if not x.shape == given.shape == self.tokens.shape or cache is not None:
-            expected = f"the whole canvas of {tuple(self.given.shape)} at every call, no cache"
-            raise BadInput(f"refresh: expected {expected}, got {tuple(x.shape)}, cache {cache}; make a new Refresh")
-        due = torch.where(given, self.calls % self.prompt_every == 0, self.calls % self.answer_every == 0)
-        due |= x != self.tokens
-        self.tokens, self.calls = x.clone(), self.calls + 1
+    def __call__(self, ask: Ask) -> Tensor:
+        """Return the logits (N,V). Raises BadInput unless the question is about whole rows of the canvas."""
+        if ask.x.shape[1] != self.given.shape[1]:
+            what = f"refresh: expected whole rows of {self.given.shape[1]} tokens, got {ask.x.shape[1]}"
+            raise BadInput(f"{what}; make a new Refresh for another canvas")
+        if self.calls is None:
+            guided = bool((ask.rows >= len(self.given)).any())
+            self.allocate(len(self.given) * (1 + guided))
+        rows, given = ask.rows, self.given[ask.rows % len(self.given)]  # (R,), (R,T)
+        calls = self.calls[rows, None]
+        due = torch.where(given, calls % self.prompt_every == 0, calls % self.answer_every == 0)
+        due |= ask.x != self.tokens[rows]
+        self.tokens[rows] = ask.x
+        self.calls[rows] += 1
+        self.renew(ask, given, due)
+        row, column = ask.where
+        return self.model.head(self.model.norm(self.out[rows[row], column]))
 
-        self.renew(x, attn_mask, positions, given, due)
-        out = self.out if where is None else self.out[where]
-        return self.model.head(self.model.norm(out))
-
-    def allocate(self, x: Tensor) -> None:
-        c, embed = self.model.config, self.model.embed.weight
-        self.k, self.v = embed.new_zeros(2, c.n_layer, *x.shape, c.n_kv_head * c.d_head)  # k after the rotation
-        self.change = embed.new_zeros(c.n_layer, *x.shape, c.d_model)  # what a layer adds to the residual stream
-        self.out = embed.new_zeros(*x.shape, c.d_model)  # the residual stream after the last layer
-        self.tokens = x
+    def allocate(self, n_row: int) -> None:
+        c, embed, shape = self.config, self.model.embed.weight, (n_row, self.given.shape[1])
+        self.k, self.v = embed.new_zeros(2, c.n_layer, *shape, c.n_kv_head * c.d_head)  # k after the rotation
+        self.change = embed.new_zeros(c.n_layer, *shape, c.d_model)  # what a layer adds to the residual stream
+        self.out = embed.new_zeros(*shape, c.d_model)  # the residual stream after the last layer
+        self.tokens = torch.full(shape, -1, device=embed.device)  # none yet, so every place counts as changed
+        self.calls = torch.zeros(n_row, dtype=torch.long, device=embed.device)
 
     def plan(self, due: Tensor, given: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:
-        """What a layer renews: the due places, (R,A) bool, and of the answer at least the share.
+        """Count what a layer renews: the due places (R,A), and of the answer at least the share.
 
         Returns due, M, and for each of the N places its row and its rank in the row (rows may have unequal counts).
         """
@@ -89,34 +78,44 @@ class Refresh:
         row, rank = (torch.arange(most, device=due.device) < count[:, None]).nonzero(as_tuple=True)
         return due, most, row, rank
 
-    def renew(self, x: Tensor, attn_mask, positions: Tensor | None, given: Tensor, due: Tensor) -> None:
+    def renew(self, ask: Ask, given: Tensor, due: Tensor) -> None:
         """Renew the due places in every layer, and the answer's least alike: all of them in the first layer."""
-        c = self.model.config
         first = due | ~given if self.share else due
         asked = first.any(0).nonzero().flatten()  # (A,)
         if not len(asked):
             return
-        given, rows = given[:, asked], torch.arange(len(x), device=x.device)[:, None]
-        plans = [self.plan(first[:, asked], given)] + [self.plan(due[:, asked], given)] * (c.n_layer - 1)
-        positions = torch.arange(x.shape[1], device=x.device) if positions is None else positions
-        x = self.model.embed(x[:, asked])  # (R,A,C)
-        full = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = rotary_angles(positions[asked], c.rotary_dim, c.rope_theta, full)  # (A,rotary_dim/2)
+        given, mine = given[:, asked], (ask.rows[:, None], asked)
+        here = torch.arange(len(given), device=asked.device)[:, None]
+        plans = [self.plan(first[:, asked], given)] + [self.plan(due[:, asked], given)] * (self.config.n_layer - 1)
+        x = self.model.embed(ask.x[:, asked])  # (R,A,C)
+        positions = asked if ask.positions is None else ask.positions[asked]
+        cos, sin = self.model.rotary(positions, x.dtype)  # (1,A,rotary_dim/2) each
 
         layers = zip(self.model.layers, self.k, self.v, self.change, plans, strict=True)
-        for block, held_k, held_v, change, (due, most, row, rank) in layers:
-            attn, normed = block.attn, block.attn_norm(x)
+        for layer, held_k, held_v, change, (due, most, row, rank) in layers:
+            attn, normed = layer.attn, layer.attn_norm(x)
             v = attn.v(normed)  # (R,A,Hkv*D)
-            alike = F.cosine_similarity(v.to(full), held_v[:, asked].to(full), dim=-1).float()  # (R,A)
+            alike = F.cosine_similarity(v.to(cos.dtype), held_v[mine].to(cos.dtype), dim=-1).float()  # (R,A)
             order = alike.masked_fill(given, 2).masked_fill(due, -2).argsort(dim=1, stable=True)[:, :most]  # (R,M)
-            h, rotary = normed[rows, order], (cos[order][:, None], sin[order][:, None])
-            q = rotate(attn.q_norm(attn.heads(attn.q(h))), *rotary)  # (R,H,M,D)
-            k = rotate(attn.k_norm(attn.heads(attn.k(h))), *rotary)  # (R,Hkv,M,D)
-            here = row, order[row, rank]  # the N places among the columns asked
-            there = row, asked[here[1]]  # and on the canvas
-            held_k[there], held_v[there] = k.transpose(1, 2).flatten(2)[row, rank], v[here]
-            y = attend(q, attn.heads(held_k), attn.heads(held_v), attn_mask)  # (R,H,M,D)
+            h, rotary = normed[here, order], (cos[0][order][:, None], sin[0][order][:, None])
+            place = order[row, rank]  # of the N places, the number among the A columns
+            there = ask.rows[row], asked[place]  # and where they are on the canvas
+            held_k[there] = attn.keys(h, rotary).transpose(1, 2).flatten(2)[row, rank]
+            held_v[there] = v[row, place]
+            k, values = attn.heads(held_k[ask.rows]), attn.heads(held_v[ask.rows])  # (R,Hkv,T,D)
+            y = attend(attn.queries(h, rotary), k, values, ask.attn_mask)  # (R,H,M,D)
             y = attn.o(y.transpose(1, 2).flatten(2)[row, rank])  # (N,C)
-            change[there] = y + block.ffn(block.ffn_norm(x[here] + y))
-            x = x + change[:, asked]
-        self.out[:, asked] = x
+            change[there] = y + layer.ffn(layer.ffn_norm(x[row, place] + y))
+            x = x + change[mine]
+        self.out[mine] = x
+
+
+def refresh(prompt_every: int = 50, answer_every: int = 7, share: float = 0.25) -> Callable[[Whole, Tensor], Refresh]:
+    """Return what wraps a predictor. Raises BadInput for parameters out of range."""
+    check_whole("cache refresh, prompt_every", prompt_every, 1)
+    check_whole("cache refresh, answer_every", answer_every, 1)
+    check_number("cache refresh, share", share, 0.0, 1.0)
+    return lambda predict, given: Refresh(predict, given, prompt_every, answer_every, share)
+
+
+CACHES["refresh"] = refresh

@@ -1,6 +1,16 @@
 """What an evaluation of the model costs, counted and not measured."""
 
-from ..model import LLaDA
+from ..model import LLaDA, MoE
+
+
+def n_active_parameters(model: LLaDA) -> int:
+    """Count the parameters that one token is multiplied with: the experts it visits, the head, and not the embedding,
+    which is looked up."""
+    c = model.config
+    idle = (c.n_expert - c.n_expert_active) * 3 * c.d_expert * c.d_model
+    moe_layers = sum(isinstance(layer.ffn, MoE) for layer in model.layers)
+    embedding = 0 if c.tie_head else model.embed.weight.numel()
+    return model.n_parameters() - embedding - moe_layers * idle
 
 
 def flops_per_token(model: LLaDA, length: int) -> int:
@@ -8,4 +18,4 @@ def flops_per_token(model: LLaDA, length: int) -> int:
     three times as many."""
     c = model.config
     attention = 4 * c.n_layer * length * c.n_head * c.d_head  # queries with keys, weights with values
-    return 2 * model.n_active_parameters() + attention
+    return 2 * n_active_parameters(model) + attention

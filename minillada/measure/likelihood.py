@@ -7,7 +7,6 @@ Shapes: N pairs, B rows of a batch, T sequence, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..diffusion import Noised, exact_count, model_bound, sample_t
 from ..errors import BadInput, check_number, check_whole
-from ..strategies import guided
+from ..strategies import Ask, Guided, Whole
 from ..text.tokenizer import Tokenizer
 
 Pair = tuple[Sequence[int], Sequence[int]]  # prompt, answer
@@ -36,11 +35,11 @@ def check_pair(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -
 
 
 def towards(given: Tensor, model: nn.Module, cfg_scale: float) -> Callable[..., Tensor]:
-    """The model, guided towards the given tokens (B,T) unless the scale is 0: its bound is that of the guided model."""
+    """Return the model, guided towards the given tokens (B,T) unless the scale is 0. Its bound is the guided model's."""
     if not cfg_scale:
         return model
-    positions = torch.arange(given.shape[1], device=given.device)
-    return partial(guided(model, cfg_scale, given, model.config.mask_id), positions=positions)
+    guided, rows = Guided(Whole(model), cfg_scale, given), torch.arange(len(given), device=given.device)
+    return lambda x, attn_mask, where: guided(Ask(x, where, slice(0, x.shape[1]), rows, attn_mask))
 
 
 def attention(valid: Tensor) -> Tensor | None:

@@ -1,7 +1,7 @@
-"""A trace as something to show: one self-contained HTML page, an animated SVG or GIF, the order of commitment.
+"""Turn a trace into something to look at: a self-contained HTML page, an animated SVG or GIF, a picture of the order.
 
-Whatever a model or a user wrote gets into a file as data: the page sets text and never markup, and its own policy
-lets no script run but the one it was made with.
+What a model or a user wrote gets into a file as data: the page sets text and never markup, and its own policy lets no
+script run but the one it was made with.
 """
 
 import base64
@@ -25,25 +25,24 @@ from .terminal import columns
 from .trace import COMMITTED, REVISED, Trace
 
 HERE = Path(__file__).parent
-UNKNOWN = 255  # a confidence that there is not; others are 0 to 254
+UNKNOWN = 255  # where there is no probability; others are 0 to 254
 
 
 def pack(numbers: Sequence[int] | np.ndarray) -> list[str]:
-    """Whole numbers as [type, base64], in as few bytes each as the largest needs."""
+    """Encode whole numbers as [type, base64], in as few bytes each as the largest needs."""
     numbers = np.asarray(numbers, dtype=np.uint32)
     size = np.min_scalar_type(numbers.max(initial=0)).itemsize
     return [f"u{size}", base64.b64encode(numbers.astype(f"<u{size}").tobytes()).decode()]
 
 
-def level(confidence: Sequence[float] | np.ndarray) -> np.ndarray:
-    """0 to 254 for 0 to 1; what is negative is minus an entropy."""
-    sure = np.asarray(confidence, dtype=np.float64)
-    sure = np.where(sure < 0, np.exp(np.minimum(sure, 0)), np.minimum(sure, 1))
-    return np.where(np.isnan(sure), UNKNOWN, np.round(254 * np.nan_to_num(sure))).astype(int)
+def level(probability: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Turn probabilities into whole numbers, 0 to 254 for 0 to 1, and UNKNOWN for NaN."""
+    p = np.asarray(probability, dtype=np.float64)
+    return np.where(np.isnan(p), UNKNOWN, np.round(254 * np.nan_to_num(p))).astype(int)
 
 
 def document(trace: Trace) -> dict:
-    """What the page is told. Columns: the canvas before; the events of each position, how many and what; rivals."""
+    """Collect what the page is told. Columns: the canvas before, the number of events per position, events, rivals."""
     there = trace.kind == COMMITTED
     found = zip(trace.step[there].tolist(), trace.position[there].tolist(), strict=True)
     rivals = [trace.rivals.get(place, ([], [])) for place in found]
@@ -56,7 +55,7 @@ def document(trace: Trace) -> dict:
     given, _, token, rival = np.split(index, ends)
     count = np.bincount(trace.position, minlength=len(trace.given))
     number = dict(zip(known.tolist(), range(len(known)), strict=True))
-    packed = [given, count, trace.step, trace.kind, token, level(trace.confidence), rival, level(flat[1])]
+    packed = [given, count, trace.step, trace.kind, token, level(trace.probability), rival, level(flat[1])]
     return {
         "steps": trace.n_steps,
         "top": top,
@@ -71,7 +70,7 @@ def document(trace: Trace) -> dict:
 
 
 def to_html(trace: Trace, title: str = "minillada") -> str:
-    """One page that needs nothing else: a slider, a player, and for each token how it came about."""
+    """Make one page that needs nothing else: a slider, a player, and for each token how it came about."""
     page, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.html", "page.js"))
     style = re.search("<style>(.*)</style>", page, re.DOTALL)[1]
     allowed = {"script": script, "style": style}
@@ -98,7 +97,7 @@ class Cell(NamedTuple):
 
 
 def cells(trace: Trace, width: int = 80) -> tuple[list[list[Cell]], int]:
-    """Where the final text's tokens lie, for each position, and how many lines there are."""
+    """Lay the final text out: return the cells of each position, and how many lines there are."""
     texts = trace.texts(trace.final)
     for at, n, text in trace.joined():
         texts[at : at + n] = [text] + [""] * (n - 1)
@@ -123,7 +122,7 @@ def cells(trace: Trace, width: int = 80) -> tuple[list[list[Cell]], int]:
 
 
 def states(trace: Trace) -> list[list[tuple[int, int, str, int]]]:
-    """For each position the tokens written there: (first step, step in which it was gone, text, level)."""
+    """Return for each position the tokens written there: (first step, step in which it was gone, text, level)."""
     found: list[list] = [[] for _ in trace.given]
     for position, token, first, gone, sure in trace.spans():
         text = trace.texts([token])[0].replace("\n", "⏎")
@@ -139,12 +138,12 @@ LEAD, HOLD, FRESH = 0.6, 3.0, 0.5  # seconds: of masks, of the finished text, th
 
 
 def seconds(trace: Trace) -> float:
-    """Of one step, so that all take about eight seconds."""
+    """Return how long to show one step, so that all take about eight seconds."""
     return min(0.4, max(0.02, 8 / trace.n_steps))
 
 
 def blink(shown: list[tuple[float, float]], total: float) -> str:
-    """An animation that shows what it is in from one second to another, again and again; later than total: for good."""
+    """Return an SVG animation that shows its element in these (from, to) seconds of every `total` seconds."""
     moments = {0.0: 0}
     for start, stop in shown:
         moments |= {start: 1, stop: 0}
@@ -169,7 +168,7 @@ def svg_box(cell: Cell, style: str, inside: str = "") -> str:
 
 
 def to_svg(trace: Trace, width: int = 80) -> str:
-    """The text appearing, over and over, light or dark as the reader's system is. Needs no script."""
+    """Draw the text appearing, over and over, light or dark as the reader's system is. It needs no script."""
     each, (places, n_lines) = seconds(trace), cells(trace, width)
     total = LEAD + trace.n_steps * each + HOLD
     when = lambda step: LEAD + (step + 1) * each if step < trace.n_steps else 2 * total
@@ -195,7 +194,7 @@ def to_svg(trace: Trace, width: int = 80) -> str:
 
 
 def to_gif(trace: Trace, width: int = 80, most: int = 150) -> bytes:
-    """The same as a GIF of at most so many frames, dark. Needs the extra `plot`: matplotlib's font and Pillow."""
+    """Draw the same as a dark GIF of at most `most` frames. Needs the extra `plot`: matplotlib's font and Pillow."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
@@ -232,14 +231,14 @@ def to_gif(trace: Trace, width: int = 80, most: int = 150) -> bytes:
 
 
 def to_order(trace: Trace) -> bytes:
-    """The order of commitment as a PNG: position against step, coloured by confidence. Needs matplotlib."""
+    """Draw the order of commitment as a PNG: position against step, coloured by probability. Needs matplotlib."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     there, back = trace.kind == COMMITTED, trace.kind == REVISED
-    sure, colours = level(trace.confidence[there]) / 254, LinearSegmentedColormap.from_list("", ["#f08c1a", "#2a62c9"])
+    sure, colours = level(trace.probability[there]) / 254, LinearSegmentedColormap.from_list("", ["#f08c1a", "#2a62c9"])
     known = sure <= 1
     dots = axes.scatter(trace.position[there][known], trace.step[there][known] + 1, s=14, c=sure[known],
                         cmap=colours, vmin=0, vmax=1, linewidths=0)  # fmt: skip
@@ -249,7 +248,7 @@ def to_order(trace: Trace) -> bytes:
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     axes.set(xlabel="position", ylabel="step", xlim=(-1, len(trace.given)), ylim=(trace.n_steps + 1, 0))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.colorbar(dots, label="confidence when committed")
+    figure.colorbar(dots, label="probability when committed")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()

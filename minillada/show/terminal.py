@@ -1,4 +1,4 @@
-"""See it think: a run of `Step`s drawn in the terminal while the text crystallises out of masks."""
+"""Draw a run of `Step`s in the terminal while the text appears out of masks."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ STYLE = {
     "poor": "\x1b[35m",
 }
 NEW = "\x1b[1;7m"  # on top of these
-SURE, FAIR = 0.8, 0.4  # at least this confident
+SURE, FAIR = 0.8, 0.4  # at least this probable
 INVISIBLE = {"Mn", "Me", "Cf"}  # categories of Unicode: marks on the letter before, joiners
 
 Frame = tuple[list[int], list[float], list[bool], list[bool]]  # see `pieces`
@@ -33,11 +33,11 @@ Kind = tuple[str, bool]  # a key of STYLE, and whether committed in this step
 
 
 def frames(steps: Iterable[Step], row: int = 0, start: int = 0) -> Iterator[tuple[Step, Frame]]:
-    """Each step, and what there is to show of a row from column start on."""
+    """Yield each step with what there is to show of a row from column start on."""
     held = None
     for step in steps:
-        held = torch.full_like(step.confidence[row], torch.nan) if held is None else held
-        held = torch.where(step.committed[row], step.confidence[row], held)
+        held = torch.full_like(step.probability[row], torch.nan) if held is None else held
+        held = torch.where(step.committed[row], step.probability[row], held)
         columns = (step.x[row], held, step.committed[row], step.revised[row])
         yield step, tuple(tensor[start:].tolist() for tensor in columns)
 
@@ -53,9 +53,10 @@ def kind_of(token: int, sure: float, back: bool, mask_id: int) -> str:
 def pieces(
     tokens: list[int], held: list[float], new: list[bool], back: list[bool], tokenizer: Tokenizer
 ) -> list[tuple[Kind, str]]:
-    """A row of the canvas, neighbouring tokens of a kind together, for one token may be half a letter.
+    """Cut a row of the canvas into texts of one kind; neighbours stay together, as one token may be half a letter.
 
-    held: how sure each token of ours was when it was committed; NaN for others. new, back: committed, taken back now.
+    held: the probability of each token of ours when it was committed; NaN for others. new, back: committed, taken back
+    now.
     """
     together: list[tuple[Kind, list[int]]] = []
     for token, sure, is_new, is_back in zip(tokens, held, new, back, strict=True):
@@ -69,14 +70,14 @@ def pieces(
 
 
 def columns(character: str) -> int:
-    """How many columns of a terminal a character takes."""
+    """Return how many columns of a terminal a character takes."""
     if unicodedata.category(character) in INVISIBLE and character != "\xad":
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def layout(parts: list[tuple[Kind, str]], width: int, colour: bool) -> list[str]:
-    """The pieces as lines of at most `width` columns."""
+    """Break the pieces into lines of at most `width` columns."""
     lines, used = [""], 0
     for (kind, new), text in parts:
         style = (STYLE[kind] + NEW * new) * colour
@@ -103,10 +104,10 @@ def watch(
     start: int = 0,
     pause: float = 0.0,
 ) -> Step:
-    """Draw every step over the one before in a terminal, or a few stages one below the other elsewhere; the last step.
+    """Draw every step over the one before it in a terminal, or elsewhere a few stages one below the other.
 
-    What was committed in a step is reversed, what was taken back is red; green, yellow and magenta say how sure a token
-    was when it was committed (`overheard` steps: how probable). NO_COLOR and TERM=dumb are honoured. start: the first
+    Returns the last step. What was committed in a step is reversed, what was taken back is red; green, yellow and
+    magenta say how probable a token was when it was committed. NO_COLOR and TERM=dumb are honoured. start: the first
     column to draw. pause: seconds to hold each step in a terminal. While it works, a canvas taller than the terminal
     shows its end; then all of it.
     """
@@ -138,5 +139,5 @@ def watch(
 
 
 def over(height: int) -> str:
-    """What goes up so many lines and clears the screen from there."""
+    """Return what moves up so many lines and clears the screen from there."""
     return (f"\x1b[{height}F" if height else "") + "\x1b[J"

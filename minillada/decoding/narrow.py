@@ -1,0 +1,40 @@
+"""Leave out what nobody asks for: in the last layer, queries are needed in the window alone.
+
+Shapes: R rows, T sequence, W window, N holes asked about, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..model import Around, KVCache, LLaDA, attend
+from ..strategies import QUICKER, Ask, Whole
+
+
+class Narrow(Whole):
+    """LLaDA with the same logits (N,V) as `Whole`, whose last layer computes queries for the window's columns only."""
+
+    def __call__(self, ask: Ask, cache: KVCache | None = None) -> Tensor:
+        model, (row, column), window = self.model, ask.where, ask.window
+        positions = torch.arange(ask.x.shape[1], device=ask.x.device) if ask.positions is None else ask.positions
+        x = model.embed(ask.x)  # (R,T,C)
+        rotary = model.rotary(positions, x.dtype)
+        around = Around(rotary, positions, ask.attn_mask, cache)
+        for layer in model.layers[:-1]:
+            x = layer(x, around)
+        last, mask = model.layers[-1], ask.attn_mask
+        normed = last.attn_norm(x)
+        k, v = last.attn.keys_and_values(normed, around)
+        q = last.attn.queries(normed[:, window], tuple(angle[..., window, :] for angle in rotary))  # (R,H,W,D)
+        y = attend(q, k, v, mask[..., window, :] if mask is not None and mask.shape[-2] > 1 else mask)
+        y = y.transpose(1, 2).flatten(2)[row, column - window.start]  # (N,H*D)
+        x = x[row, column] + last.attn.o(y)
+        return model.head(model.norm(x + last.ffn(last.ffn_norm(x))))
+
+
+def quickest(model: nn.Module) -> Whole:
+    """Return Narrow for a plain LLaDA, and Whole for one that is compiled, sharded or hooked, as Narrow skips hooks."""
+    hooked = model._forward_hooks or model._forward_pre_hooks
+    return Narrow(model) if type(model) is LLaDA and not hooked else Whole(model)
+
+
+QUICKER[Whole] = quickest

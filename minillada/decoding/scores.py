@@ -1,0 +1,23 @@
+"""Two more scores for the order in which holes are filled: the margin and the entropy.
+
+Shapes: N holes asked about, V vocabulary.
+"""
+
+from torch import Generator, Tensor
+
+from ..strategies import SCORES
+
+
+def margin(logits: Tensor, tokens: Tensor, rng: Generator) -> Tensor:
+    """Score by how far the likeliest token leads the second (arXiv:2502.06768, section 4)."""
+    best = logits.softmax(-1).topk(2).values
+    return best[:, 0] - best[:, 1]
+
+
+def negative_entropy(logits: Tensor, tokens: Tensor, rng: Generator) -> Tensor:
+    """Score by minus the entropy, in nats."""
+    log_p = logits.log_softmax(-1)
+    return (log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)  # 0 * -inf counts as 0
+
+
+SCORES |= {"margin": margin, "entropy": negative_entropy}
