@@ -12,10 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import chain
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from minillada import files
 from minillada.model import LLaDA, ModelConfig
@@ -43,16 +43,16 @@ def make(config: ModelConfig, home: Path, ours: bool) -> None:
         model = LLaDA(config).bfloat16()
     scheme, raw, side = write_config(config)
     plan = checkpoint.plan_tensors(model, SCHEMES[scheme])
-    noise = torch.randn(1 << 24).mul_(0.02).bfloat16()
     shards = checkpoint.group(plan, SHARD)
-    entries = {}
     for file, names in shards.items():
-        parts = {name: [torch.empty_like(part, device="cpu") for part in plan[name]] for name in names}
-        for tensor in chain.from_iterable(parts.values()):
-            for i, part in enumerate(tensor.flatten().split(len(noise))):
-                part.copy_(noise.roll(i)[: len(part)] if tensor.dim() > 1 else torch.ones(len(part)))
-        entries[file] = files.write_file(home / file, checkpoint.shard(names, parts))
-        print(f"wrote {file}: {entries[file]['bytes'] / 1e9:.2f} GB", flush=True)
+        tensors = {}
+        for name in names:
+            shape = [sum(map(len, plan[name])), *plan[name][0].shape[1:]]
+            tensors[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
+            if len(shape) == 1:
+                tensors[name].fill_(1)
+        save_file(tensors, home / file)
+        print(f"wrote {file}: {(home / file).stat().st_size / 1e9:.2f} GB", flush=True)
     if len(shards) > 1:
         index = {"weight_map": {name: file for file, names in shards.items() for name in names}}
         (home / checkpoint.INDEX).write_text(json.dumps(index))
@@ -60,7 +60,7 @@ def make(config: ModelConfig, home: Path, ours: bool) -> None:
     if side:
         (home / SIDE).write_text(json.dumps(side))
     if ours:
-        files.write_manifest(home, entries)
+        files.write_manifest(home)
 
 
 def evict(home: Path) -> bool:

@@ -1,6 +1,6 @@
-"""Files one can rely on: written whole or not at all, read only if plain, confined and bounded, and hashed in between.
+"""Write files whole or not at all, read only plain files of bounded size, and record SHA-256 hashes in a manifest.
 
-What is read comes from strangers and what is written may meet a full disk, so every fault becomes one line:
+Files that are read come from strangers, and a disk may be full when they are written. So every fault is one line:
 BadInput if a file's content is to blame, BadLuck if the system is.
 """
 
@@ -22,18 +22,20 @@ from .errors import BadInput, BadLuck
 
 MANIFEST = "manifest.json"
 CONFIG_CAP, HEADER_CAP, INDEX_CAP = 1 << 20, 10 << 20, 20 << 20  # bytes of JSON that are parsed
-LEFTOVER = ".*.tmp"  # the form of `temporary` names: after a kill they may lie about, and can be swept
-SYSTEM = (OSError, SafetensorError)  # the second is also what a full disk gives when tensors are written
+LEFTOVER = ".*.tmp"  # what `temporary` names look like: a process that was killed leaves such files
+SYSTEM = (OSError, SafetensorError)  # safetensors raises its own error when the disk is full
 
 # ---- Faults, in one line ----
 
 
 def expect(holds: bool, what: str, expected: object, got: object, fix: str) -> None:
+    """Raise BadInput unless the condition holds."""
     if not holds:
         raise BadInput(f"{what}: expected {expected}, got {reprlib.repr(got)}; {fix}")
 
 
 def listed(items: list, most: int = 6) -> str:
+    """Join the first items with commas and count the others: `a, b and 3 more`."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(str(item)[:200] for item in items[:most]) + more
 
@@ -42,9 +44,10 @@ def listed(items: list, most: int = 6) -> str:
 def one_line(
     expected: str, fix: str, faults: type | tuple = SYSTEM, undo: Callable[[], object] = lambda: None
 ) -> Iterator[None]:
-    """Turn a fault into BadLuck if it is the system's, else into BadInput; on any failure, Ctrl-C too, call undo first.
+    """Turn a fault inside into BadLuck if it is the system's, else into BadInput; call undo first on any failure.
 
-    faults: BaseException where a library may panic, which is no `Exception`.
+    faults: the errors to turn; BaseException for a library that panics, because a panic is no `Exception`. BadInput,
+    BadLuck, Ctrl-C, exits and a lack of memory pass unchanged.
     """
     try:
         yield
@@ -62,13 +65,13 @@ def one_line(
 
 
 def temporary(path: Path) -> Path:
-    """The name beside `path` under which it is made; nobody else's, and hidden."""
+    """Return the hidden name beside `path`, of this process alone, under which it is written."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write `path` whole or not at all: under a temporary name, flushed, renamed at the end. Raises BadLuck."""
+    """Open a file that becomes `path` at the end, flushed and renamed, or leaves no trace. Raises BadLuck."""
     draft = temporary(path)
     with one_line(f"{path}: expected to write it", "free the disk or choose another"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,12 +97,12 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict:
 
 
 def write_json(path: Path, document: dict) -> dict:
-    """The same for a JSON object. No newline at the end: the file has not one byte that could be lost unnoticed."""
+    """Do the same for a JSON object. No newline at the end: then losing any byte leaves invalid JSON."""
     return write_file(path, [json.dumps(document, indent=2, sort_keys=True, allow_nan=False).encode()])
 
 
 def sync_directory(directory: str | Path) -> None:
-    """Flush the names in a directory to disk, where system and file system can."""
+    """Flush the names in a directory to disk, where the system and the file system can do so."""
     if os.name != "posix":
         return
     handle = os.open(directory, os.O_RDONLY)
@@ -124,37 +127,42 @@ def check_space(directory: Path, size: int) -> None:
 
 
 def confined(directory: Path, name: str) -> Path:
-    """The regular file `name` of a directory, which may be a link into the hub cache's own blobs and nowhere else."""
+    """Return the path of the regular file `name` in a directory. Raises BadInput, BadLuck.
+
+    A link may lead to the hub cache's own blobs and nowhere else.
+    """
     where = f"{directory.name or directory}/{name!r:.200}"
     if not isinstance(name, str) or name in ("", "..") or PureWindowsPath(name).name != name:
-        raise BadInput(f"{where}: expected the plain name of a file in this directory; mend the file that names it")
+        raise BadInput(f"{where}: expected the plain name of a file in this directory; name it without a path")
     root = Path(os.path.realpath(directory))
     try:
         real = Path(os.path.realpath(directory / name, strict=True))
         mode = real.stat().st_mode
     except FileNotFoundError:
-        raise BadLuck(f"{where}: expected a file, found nothing; fetch the checkpoint again") from None
+        raise BadLuck(f"{where}: expected a file, found nothing; put the file there") from None
     except (OSError, ValueError) as e:
-        raise BadLuck(f"{where}: expected a readable file, got {e}; fetch the checkpoint again") from None
+        raise BadLuck(f"{where}: expected a readable file, got {e}; put a plain file there") from None
     homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if real.parent not in homes:
         raise BadInput(f"{where}: expected a file of this directory, got a link that leaves it; copy the file here")
     if not os.access(real, os.R_OK):
-        raise BadLuck(f"{where}: expected a readable file, got one without permission; change its mode")
+        raise BadLuck(f"{where}: expected a readable file, got one without permission; give read permission")
     if not stat.S_ISREG(mode):
-        raise BadInput(f"{where}: expected a regular file, got {stat.filemode(mode)}; put the file there")
+        raise BadInput(f"{where}: expected a regular file, got {stat.filemode(mode)}; put a plain file there")
     return real
 
 
 def read_json(path: Path, cap: int) -> dict:
-    """A JSON object of at most cap bytes, in UTF-8, without NaN and without repeated keys."""
+    """Return the JSON object in a file of at most cap bytes. Raises BadInput."""
     size = path.stat().st_size
     if size > cap:
-        raise BadInput(f"{path.name}: expected at most {cap:,} bytes, got {size:,}; fetch it again")
+        raise BadInput(f"{path.name}: expected at most {cap:,} bytes, got {size:,}; download it again")
     return parse_json(path.read_bytes(), path.name)
 
 
 def parse_json(data: bytes, what: str) -> dict:
+    """Return a JSON object in UTF-8; refuse NaN and a key that occurs twice. Raises BadInput."""
+
     def unique(pairs: list) -> dict:
         if len(found := dict(pairs)) < len(pairs):
             raise ValueError("a key that occurs twice")
@@ -166,9 +174,9 @@ def parse_json(data: bytes, what: str) -> dict:
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise BadInput(f"{what}: expected JSON in UTF-8, got {str(e)[:200]}; fetch it again") from None
+        raise BadInput(f"{what}: expected JSON in UTF-8, got {str(e)[:200]}; write or download it again") from None
     if not isinstance(found, dict):
-        raise BadInput(f"{what}: expected a JSON object, got {type(found).__name__}; fetch it again")
+        raise BadInput(f"{what}: expected a JSON object, got {type(found).__name__}; write or download it again")
     return found
 
 
@@ -176,7 +184,7 @@ def parse_json(data: bytes, what: str) -> dict:
 
 
 def hash_file(path: Path) -> dict:
-    """The manifest entry of a file."""
+    """Return the manifest entry of a file, {"bytes": n, "sha256": hex}."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(1 << 20):
@@ -185,10 +193,10 @@ def hash_file(path: Path) -> dict:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def write_manifest(directory: Path, known: dict[str, dict]) -> None:
-    """Record every file in directory, as the last thing that a save writes. known: entries that need no reading."""
+def write_manifest(directory: Path, known: dict[str, dict] | None = None) -> None:
+    """Record every file of a directory, as the last step of a save. known: entries that are not computed again."""
     names = sorted(path.name for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
-    files = {name: known.get(name) or hash_file(directory / name) for name in names if name != MANIFEST}
+    files = {name: (known or {}).get(name) or hash_file(directory / name) for name in names if name != MANIFEST}
     write_json(directory / MANIFEST, {"files": files})
     sync_directory(directory)
 
@@ -196,7 +204,7 @@ def write_manifest(directory: Path, known: dict[str, dict]) -> None:
 def verify_manifest(directory: Path, sizes_only: str | tuple[str, ...] = ()) -> dict[str, dict]:
     """Compare every file that manifest.json lists with its entry; return the entries. Raises BadInput, BadLuck.
 
-    sizes_only: of files whose names end so, the caller compares the SHA-256, with what it reads anyway.
+    sizes_only: the endings of files whose SHA-256 the caller compares itself, while it reads them.
     """
     files = read_json(confined(directory, MANIFEST), CONFIG_CAP).get("files")
     entries = list(files.values()) if isinstance(files, dict) else [None]
@@ -211,7 +219,7 @@ def verify_manifest(directory: Path, sizes_only: str | tuple[str, ...] = ()) -> 
 
 
 def compare(name: str, entry: dict, found: dict[str, Any]) -> None:
-    """Raise BadInput unless what was found out about a file is what the manifest says."""
+    """Raise BadInput if what was found out about a file differs from its entry in the manifest."""
     for what, got in found.items():
         if got != entry[what]:
             expected = f"{what} {entry[what]!r:.80} as in {MANIFEST}"
@@ -222,12 +230,12 @@ def compare(name: str, entry: dict, found: dict[str, Any]) -> None:
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """All of them, whole or not, oldest first."""
+    """Return the checkpoint directories of a run, whole or not, oldest first."""
     return sorted((run / "checkpoints").glob("step-" + 8 * "[0-9]"))
 
 
 def newest_checkpoint(run: str | Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint whose manifest matches, or None, and what is wrong with the later ones. Changes nothing."""
+    """Return the newest checkpoint whose manifest matches, or None, and the fault of every later one."""
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoints_of(Path(run))):
         try:

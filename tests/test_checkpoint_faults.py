@@ -284,7 +284,7 @@ if sys.platform != "win32":
 @pytest.mark.parametrize(("damage", "line"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_has_its_own_line(damage, line, home, monkeypatch):
     damage(home)
-    monkeypatch.setattr(checkpoint, "allocate", lambda *_: pytest.fail("memory was taken"))
+    monkeypatch.setattr(checkpoint, "check_memory", lambda *_: pytest.fail("memory was taken"))
     for use in (checkpoint.load, checkpoint.check):
         start = time.monotonic()
         with pytest.raises((BadInput, BadLuck), match=line) as told:

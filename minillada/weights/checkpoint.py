@@ -1,26 +1,21 @@
-"""Hugging Face directories ↔ the module: `load`, `save`, `check`. Safetensors and JSON only, and no code of theirs.
+"""Load, save and check Hugging Face directories: safetensors and JSON, never code or pickle.
 
-A checkpoint is data from a stranger. Everything about it (files, headers, config, names, shapes) is checked before one
-weight is read or allocated; what does not fit exactly is refused in one line, BadInput, or BadLuck where the machine is
-to blame. The names are those of schemes.py; files.py has the care that any file needs.
+A checkpoint is data from a stranger. Its config, its headers and the names and shapes of its tensors are all checked
+before memory is taken or a weight is read. Whatever does not fit exactly is refused in one line: BadInput, or BadLuck
+if the machine is to blame. schemes.py knows the names, headers.py reads the headers, files.py reads and writes files.
 """
 
 import hashlib
-import json
 import math
 import os
 import warnings
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,33 +26,17 @@ from ..model import LLaDA, ModelConfig
 from ..text.tokenizer import Tokenizer
 from . import hub
 from .device import check_memory
+from .headers import DTYPES, INDEX, SINGLE, Entry, read_headers
 from .schemes import SCHEMES, SIDE, Scheme, read_config, write_config
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 CHUNK = 1 << 24  # bytes read at a time
-READERS = 4  # threads, since handing out fresh memory takes as long as the disk
 
-Plan = dict[str, list[Tensor]]  # tensor of the files -> the parameters, or experts in them, that are its rows
-
-
-class Entry(NamedTuple):
-    """A tensor in a file, from byte `offset` on."""
-
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+Plan = dict[str, list[Tensor]]  # tensor of the files -> the parameters (or single experts) that are its rows
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a checkpoint is, as far as its headers tell; `non_finite` names tensors, after a deep check."""
+    """What a checkpoint is, as far as its headers tell."""
 
     directory: Path
     scheme: str
@@ -65,7 +44,7 @@ class Report:
     entries: dict[str, Entry] = field(repr=False)  # every tensor of the files
     meta: LLaDA = field(repr=False)  # the module, without memory
     hashes: dict[str, dict] = field(repr=False)  # the manifest, if the checkpoint is ours
-    non_finite: tuple[str, ...] = ()
+    non_finite: tuple[str, ...] = ()  # after a deep check: tensors with NaN or infinity
 
     @property
     def n_bytes(self) -> int:
@@ -91,10 +70,12 @@ def load(
     progress: bool = False,
     mask_id: int | None = None,
 ) -> tuple[LLaDA, Tokenizer | None]:
-    """The model, and the tokenizer if there is one: of a directory, of the newest whole checkpoint of a run of ours,
-    or of a repository on the hub. dtype None keeps the files' own; mask_id is for files that do not tell it.
+    """Return the model, in eval mode, and the tokenizer if there is one.
 
-    Raises BadInput for a checkpoint that does not fit exactly, BadLuck for no file, no network or too little memory.
+    path_or_hub_id: a directory, a run of ours (its newest whole checkpoint is taken), or a repository on the hub.
+    dtype: None for that of the files. revision: a branch, tag or commit on the hub. progress: show a bar.
+    mask_id: for files that do not tell it. Raises BadInput for a checkpoint that does not fit exactly, BadLuck if a
+    file, the network or memory is missing.
     """
     with one_line(f"device: expected one of this machine for {str(device)!r}", "use cpu", faults=Exception):
         device = torch.empty(0, device=device).device
@@ -104,16 +85,16 @@ def load(
     model, dtypes = report.meta.eval(), target_dtypes(report, dtype)
     shapes = {name: p.shape for name, p in weights(model).items()}
     check_memory(sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()), device)
-    state = {name: allocate(shape, dtypes[name], device) for name, shape in shapes.items()}
+    state = {name: torch.empty(shape, dtype=dtypes[name], device=device) for name, shape in shapes.items()}
     model.load_state_dict(state, assign=True, strict=False)  # not strict: a tied head is no tensor of its own
     if report.config.tie_head:
         model.head.weight = model.embed.weight
     with tqdm(total=report.n_bytes, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
-        for _, slot, read in read_all(report, model):
+        for _, slot, read in read_tensors(report, model):
             if slot is not read:
                 slot.copy_(read)
             bar.update(read.nbytes)
-    if tokenizer is not None and tokenizer.mask_id != model.config.mask_id:  # whose files did not tell it
+    if tokenizer is not None and tokenizer.mask_id != model.config.mask_id:  # its files did not tell the mask
         tokenizer = Tokenizer(tokenizer.inner, {"mask": model.config.mask_id})
     return model, tokenizer
 
@@ -121,22 +102,22 @@ def load(
 def check(
     path_or_hub_id: str | Path, deep: bool = False, revision: str | None = None, mask_id: int | None = None
 ) -> Report:
-    """What a checkpoint is, found without reading its weights; deep: read them once, for NaN and infinity.
+    """Find out what a checkpoint is without reading its weights; if deep, read them once and look for NaN and infinity.
 
-    Raises whatever `load` would raise, except for want of memory.
+    Raises what `load` would raise, except for too little memory.
     """
     directory = locate(path_or_hub_id, revision)
     report = inspect(directory, load_tokenizer(directory), mask_id)
-    bad = {}
-    for name, _, read in read_all(report, report.meta) if deep else []:
-        if not read.isfinite().all():
-            bad[name] = None
+    read = read_tensors(report, report.meta) if deep else []
+    bad = dict.fromkeys(name for name, _, piece in read if not piece.isfinite().all())
     return replace(report, non_finite=tuple(bad))
 
 
 def locate(path_or_hub_id: str | Path, revision: str | None = None, progress: bool = False) -> Path:
-    """The directory of a checkpoint. What exists here is never looked for on the hub; of a run, a warning names each
-    damaged checkpoint that is newer than the one it gives."""
+    """Return the directory of a checkpoint; what exists here is never looked for on the hub.
+
+    Of a run of ours it is the newest whole checkpoint; a warning names each newer one that is damaged.
+    """
     path = Path(path_or_hub_id)
     if not str(path_or_hub_id) or not os.path.lexists(path):
         return hub.fetch(str(path_or_hub_id), revision, progress)
@@ -155,20 +136,21 @@ def locate(path_or_hub_id: str | Path, revision: str | None = None, progress: bo
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        if os.path.lexists(directory / name):
-            confined(directory, name)
-    return Tokenizer.load(directory) if os.path.lexists(directory / "tokenizer.json") else None
+    """Return the directory's tokenizer, None if it has none. Raises BadInput, BadLuck."""
+    if not os.path.lexists(directory / "tokenizer.json"):
+        return None
+    confined(directory, "tokenizer.json")
+    return Tokenizer.load(directory)
 
 
 def expect_tokenizer(directory: Path, name: str) -> None:
-    """Raise BadInput if there is none."""
+    """Raise BadInput if the directory has no tokenizer.json."""
     if not (directory / "tokenizer.json").is_file():
         raise BadInput(f"{name}: expected a tokenizer.json, got none; save the model with its tokenizer")
 
 
 def inspect(directory: Path, tokenizer: Tokenizer | None, mask_id: int | None) -> Report:
-    """Everything that can be found out without reading a weight or taking memory for one. Raises BadInput, BadLuck."""
+    """Check everything that can be checked before memory is taken. Raises BadInput, BadLuck."""
     ours = os.path.lexists(directory / files.MANIFEST)
     hashes = files.verify_manifest(directory, sizes_only=".safetensors") if ours else {}
     scheme, config = read_config(directory, tokenizer, mask_id)
@@ -187,11 +169,15 @@ def inspect(directory: Path, tokenizer: Tokenizer | None, mask_id: int | None) -
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Everything a checkpoint holds, by its name in the module; a tied head is no tensor of its own."""
+    """Return every tensor that a checkpoint holds, by its name in the module; a tied head is not one of them."""
     return {name: t.detach() for name, t in chain(model.named_parameters(), model.named_buffers())}
 
 
 def plan_tensors(model: nn.Module, scheme: Scheme) -> Plan:
+    """Say for each tensor of the files which parameters it is made of.
+
+    In LLaDA2, `…query_key_value.weight` -> [q, k, v]; an expert's tensor -> [its part of the stacked parameter].
+    """
     plan: Plan = {}
     for ours, tensor in weights(model).items():
         name = scheme.name_of(ours)
@@ -200,15 +186,12 @@ def plan_tensors(model: nn.Module, scheme: Scheme) -> Plan:
     return plan
 
 
-def file_shape(parts: list[Tensor]) -> list[int]:
-    return [sum(map(len, parts)), *parts[0].shape[1:]]
-
-
 def mismatches(meta: LLaDA, scheme: Scheme, entries: dict[str, Entry]) -> list[str]:
-    """Each tensor that is missing, not expected, or of another shape or dtype: name, expected, found."""
-    wanted = {name: file_shape(parts) for name, parts in plan_tensors(meta, scheme).items()}
+    """Describe each tensor that is missing, unexpected, or of another shape or dtype."""
+    plan = plan_tensors(meta, scheme)
+    wanted = {name: [sum(map(len, parts)), *parts[0].shape[1:]] for name, parts in plan.items()}
     found = {name: list(entry.shape) for name, entry in entries.items()}
-    if wanted == found:  # then dtypes: all have the embedding's, but for routers, which are often wider
+    if wanted == found:  # then compare dtypes: all have the embedding's, except routers, which are often wider
         routers = {scheme.name_of(ours) for ours in weights(meta) if ".router" in ours}
         found = {name: entry.dtype for name, entry in entries.items() if name not in routers}
         wanted = dict.fromkeys(found, found[scheme.name_of("embed.weight")])
@@ -217,158 +200,59 @@ def mismatches(meta: LLaDA, scheme: Scheme, entries: dict[str, Entry]) -> list[s
 
 
 def target_dtypes(report: Report, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """One dtype for all; a router may be wider, since rounding it would send tokens to other experts."""
-    expect(dtype is None or dtype in CODES, "dtype", "a torch floating dtype", dtype, "use torch.bfloat16")
+    """Return the dtype of each weight: one for all; a router may stay wider, since rounding could change its choice."""
+    expect(dtype is None or dtype in DTYPES.values(), "dtype", "a torch floating dtype", dtype, "use torch.bfloat16")
     held = lambda ours: report.entries[SCHEMES[report.scheme].name_of(ours)].dtype
     main = dtype or held("embed.weight")
     return {ours: torch.promote_types(held(ours), main) if ".router" in ours else main for ours in weights(report.meta)}
 
 
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory. NumPy asks Linux for huge pages: first touching small ones costs more than the reading."""
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64  # aligned as torch would
-    return torch.from_numpy(raw[start : start + size]).view(dtype).view(shape)
+def read_tensors(report: Report, model: LLaDA) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Read every file once, front to back; yield (name of the tensor, where it belongs in the model, what was read).
 
-
-# ---- Reading safetensors ----
-
-
-def read_headers(directory: Path) -> dict[str, Entry]:
-    """Every tensor of a checkpoint, from the headers of its files alone."""
-    if not os.path.lexists(directory / INDEX):
-        if not os.path.lexists(directory / SINGLE):
-            pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-            got = f"{listed(pickles)}: pickle is not supported" if pickles else "none"
-            raise BadInput(f"weights: expected {SINGLE} or {INDEX}, got {got}; convert or fetch them")
-        return read_header(directory, SINGLE)
-    where = files.read_json(confined(directory, INDEX), files.INDEX_CAP).get("weight_map")
-    what, fix = f"weight_map in {INDEX}", "fetch it again"
-    expect(isinstance(where, dict) and len(where) > 0, what, "an object", where, fix)
-    for file in where.values():
-        holds = isinstance(file, str) and file.endswith(".safetensors")
-        expect(holds, what, "names that end in .safetensors", file, fix)
-    entries: dict[str, Entry] = {}
-    for file in dict.fromkeys(where.values()):
-        for name, entry in read_header(directory, file).items():
-            if name in entries:
-                raise BadInput(f"{name!r}: expected in one file, got {entries[name].file} and {file}; delete one")
-            entries[name] = entry
-    there = {name: entry.file for name, entry in entries.items()}
-    if astray := sorted({repr(name) for name, _ in where.items() ^ there.items()}):
-        raise BadInput(f"{INDEX}: expected what the files hold, got another place for {listed(astray)}; fetch it again")
-    return entries
-
-
-def read_header(directory: Path, file: str) -> dict[str, Entry]:
-    """The tensors of one safetensors file, which must fill it exactly: no gap, no overlap, nothing behind."""
-    path, check = confined(directory, file), partial(expect, fix="fetch the file again")
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        cap = min(files.HEADER_CAP, size - 8)
-        check(0 < length <= cap, file, f"a header of 1 to {cap:,} bytes", length)
-        header = files.parse_json(f.read(length), f"header of {file}")
-    metadata = header.pop("__metadata__", {})
-    check(isinstance(metadata, dict), file, "an object as __metadata__", metadata)
-    check(len(header) > 0, file, "at least one tensor", "none")
-    end, entries = 8 + length, {}
-    for name, value in header.items():
-        what = f"{name!r:.200} in {file}"
-        holds = isinstance(value, dict) and value.keys() == {"dtype", "shape", "data_offsets"}
-        check(holds, what, "dtype, shape and data_offsets", value)
-        code, shape, span = value["dtype"], value["shape"], value["data_offsets"]
-        check(isinstance(code, str) and code in DTYPES, what, f"a dtype of {', '.join(DTYPES)}", code)
-        check(whole(shape, 1, 8), what, "a shape of 1 to 8 whole numbers", shape)
-        check(whole(span, 2, 2), what, "two offsets", span)
-        entry = entries[name] = Entry(file, DTYPES[code], tuple(shape), end + span[0])
-        check(span[1] - span[0] == entry.nbytes, what, f"{entry.nbytes} bytes", span)
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        check(entry.offset == end, f"{name!r:.200} in {file}", f"to start at byte {end}", entry.offset)
-        end += entry.nbytes
-    check(end == size, file, f"{end} bytes", size)
-    return entries
-
-
-def whole(values: Any, least: int, most: int) -> bool:
-    """A list of least to most whole numbers, none beyond what a disk could hold."""
-    counted = isinstance(values, list) and least <= len(values) <= most
-    return counted and all(type(value) is int and 0 <= value < 2**48 for value in values)
-
-
-def read_all(report: Report, model: LLaDA) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Read every file front to back into the parameters of model, a few chunks ahead of the consumer.
-
-    Yields (tensor, slot, read), flat: `read` is the slot itself where the bytes can go straight into it, else a small
-    buffer on the host. Raises BadInput at the end of a file that is ours if its SHA-256 is not the recorded one.
+    The last two are flat pieces of equal length. Bytes that need no conversion are read straight to where they belong;
+    others into a buffer, so use each piece before asking for the next. The files are read and not mapped:
+    `safetensors.safe_open` maps a whole file, twice while it opens it, and that would break a memory limit of 1.2 times
+    the weights. Raises BadInput if a file that we saved has another SHA-256 now, BadLuck if it cannot be read.
     """
-    plan = plan_tensors(model, SCHEMES[report.scheme])
+    plan, buffer = plan_tensors(model, SCHEMES[report.scheme]), torch.empty(CHUNK, dtype=torch.uint8)
     for file in report.files:
-        path, digest, recorded = confined(report.directory, file), hashlib.sha256(), report.hashes.get(file)
+        path, digest, ours = confined(report.directory, file), hashlib.sha256(), file in report.hashes
         entries = sorted((e.offset, name, e.dtype) for name, e in report.entries.items() if e.file == file)
-        with open(path, "rb") as f:
+        with one_line(f"{file}: expected to read it", "check the disk"), open(path, "rb") as f:
             digest.update(f.read(entries[0][0]))  # the header
-        with ThreadPoolExecutor(READERS) as pool:
-            begun = ((*job, pool.submit(read_at, path, at, job[-1])) for at, *job in jobs(entries, plan))
-            for name, slot, read, done in ahead(begun, READERS):
-                done.result()
-                if recorded:
-                    digest.update(as_bytes(read))
-                yield name, slot, read
-        if recorded:
-            files.compare(file, recorded, {"sha256": digest.hexdigest()})
-
-
-def jobs(entries: list[tuple[int, str, torch.dtype]], plan: Plan) -> Iterator[tuple[int, str, Tensor, Tensor]]:
-    """(offset into the file, tensor, slot, read) of at most a chunk each, in the order of the file."""
-    for at, name, dtype in entries:
-        for slot in chain.from_iterable(part.flatten().split(CHUNK // dtype.itemsize) for part in plan[name]):
-            straight = slot.device.type == "cpu" and slot.dtype == dtype
-            yield at, name, slot, slot if straight else torch.empty(len(slot), dtype=dtype, pin_memory=slot.is_cuda)
-            at += len(slot) * dtype.itemsize
-
-
-def ahead(items: Iterator, n: int) -> Iterator:
-    """The same items, but up to n more are taken before one is given."""
-    queue = deque(islice(items, n))
-    for item in items:
-        queue.append(item)
-        yield queue.popleft()
-    yield from queue
-
-
-def as_bytes(flat: Tensor) -> memoryview:
-    return memoryview(flat.view(torch.uint8).numpy())
-
-
-def read_at(path: Path, offset: int, into: Tensor) -> None:
-    """Fill a flat tensor with the bytes of a file from offset on."""
-    view = as_bytes(into)
-    with one_line(f"{path.name}: expected to read it", "check the disk"), open(path, "rb", buffering=0) as f:
-        f.seek(offset)
-        while view:
-            n = f.readinto(view)
-            expect(n > 0, path.name, "the size it had", "less", "do not write while it loads")
-            view = view[n:]
+            for _, name, dtype in entries:
+                for slot in chain.from_iterable(part.flatten().split(CHUNK // dtype.itemsize) for part in plan[name]):
+                    straight = slot.device.type == "cpu" and slot.dtype == dtype
+                    read = slot if straight else buffer[: len(slot) * dtype.itemsize].view(dtype)
+                    data = memoryview(read.view(torch.uint8).numpy())
+                    n = f.readinto(data)
+                    expect(n == len(data), file, "the size it had", "less", "do not write to it while it loads")
+                    if ours:
+                        digest.update(data)
+                    yield name, slot, read
+        if ours:
+            files.compare(file, report.hashes[file], {"sha256": digest.hexdigest()})
 
 
 # ---- Saving ----
 
 
 def save(model: LLaDA, directory: str | Path, tokenizer: Tokenizer | None = None, shard_bytes: int = 5 * 10**9) -> None:
-    """Write a Hugging Face directory that the official code reads: LLaDA's names, LLaDA-MoE's for experts or QK-norm,
-    LLaDA2's for its router or a shared expert. What their config.json has no key for goes into minillada.json.
+    """Write a Hugging Face directory that the official code reads.
 
-    A directory that already holds a model is refused; one that cannot be finished is left as it was. Every file is
-    there whole or not at all; the last, manifest.json, has the SHA-256 of the others. Raises BadInput, BadLuck.
+    The names are LLaDA's; LLaDA-MoE's for a model with experts or QK-norm; LLaDA2's for its router or a shared expert.
+    Fields that their config.json has no key for go into minillada.json. Every file is there whole or not at all; the
+    last one, manifest.json, has the SHA-256 of the others. A directory that already holds a model is refused, and one
+    that cannot be finished is left as it was. Raises BadInput, BadLuck.
     """
     directory = Path(directory)
     check_whole("shard_bytes", shard_bytes, 1)
     scheme, raw, side = write_config(model.config)
     plan = plan_tensors(model, SCHEMES[scheme])
+    for name, parts in plan.items():
+        dtype = parts[0].dtype
+        expect(dtype in DTYPES.values(), name, "a floating dtype", dtype, "save the model before quantising it")
     shards, total = group(plan, shard_bytes), sum(tensor.nbytes for tensor in weights(model).values())
     documents = {"config.json": raw} | ({SIDE: side} if side else {})
     if len(shards) > 1:
@@ -376,12 +260,15 @@ def save(model: LLaDA, directory: str | Path, tokenizer: Tokenizer | None = None
         documents[INDEX] = {"metadata": {"total_size": total}, "weight_map": index}
     before = make_home(directory, total)
     try:
-        entries = {file: files.write_file(directory / file, shard(names, plan)) for file, names in shards.items()}
+        for file, names in shards.items():
+            whole = {name: torch.cat(plan[name]) if len(plan[name]) > 1 else plan[name][0] for name in names}
+            with files.replacing(directory / file) as draft:
+                save_file({name: t.contiguous() for name, t in whole.items()}, draft.name, {"format": "pt"})
         for name, document in documents.items():
-            entries[name] = files.write_json(directory / name, document)
+            files.write_json(directory / name, document)
         if tokenizer is not None:
             tokenizer.save(directory)
-        files.write_manifest(directory, entries)
+        files.write_manifest(directory)
     except BaseException:
         for path in set(directory.iterdir()) - before:
             path.unlink(missing_ok=True)
@@ -389,7 +276,7 @@ def save(model: LLaDA, directory: str | Path, tokenizer: Tokenizer | None = None
 
 
 def make_home(directory: Path, size: int) -> set[Path]:
-    """Make the directory and see that it holds no model and has room; return what it does hold."""
+    """Make the directory if need be; refuse it if it holds a model or lacks room. Return what it holds already."""
     with one_line(f"{directory}: expected to make it", "choose another directory"):
         directory.mkdir(parents=True, exist_ok=True)
         before = set(directory.iterdir())
@@ -400,7 +287,7 @@ def make_home(directory: Path, size: int) -> set[Path]:
 
 
 def group(plan: Plan, shard_bytes: int) -> dict[str, list[str]]:
-    """File names -> the tensors in each, in the module's order, a new file where shard_bytes would be exceeded."""
+    """Return the names of the files and the tensors in each: the model's order, a new file above shard_bytes."""
     shards: list[list[str]] = []
     filled = math.inf
     for name, parts in plan.items():
@@ -413,20 +300,3 @@ def group(plan: Plan, shard_bytes: int) -> dict[str, list[str]]:
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
-
-
-def shard(names: list[str], plan: Plan) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file: length of the header, header, tensors one after the other without a gap."""
-    names = sorted(names, key=lambda name: -plan[name][0].dtype.itemsize)  # so that each is aligned
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        parts, dtype, begin = plan[name], plan[name][0].dtype, end
-        expect(dtype in CODES, name, "a floating dtype", dtype, "save the model before quantising it")
-        end += sum(part.nbytes for part in parts)
-        header[name] = {"dtype": CODES[dtype], "shape": file_shape(parts), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for part in chain.from_iterable(plan[name] for name in names):
-        yield as_bytes(part.contiguous().cpu().flatten())

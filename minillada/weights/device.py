@@ -1,4 +1,4 @@
-"""Choose a device, and see how much memory it has left."""
+"""Choose a device, and find out how much memory it has left."""
 
 import re
 from contextlib import suppress
@@ -10,7 +10,7 @@ from ..errors import BadLuck, check_one_of
 
 
 def pick_device(name: str) -> str:
-    """`auto`: an NVIDIA GPU, else Apple's, else the CPU."""
+    """Return a device that works; "auto" is an NVIDIA GPU, or Apple's, or the CPU. Raises BadInput, BadLuck."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(device for device, found in there.items() if found)
@@ -24,6 +24,7 @@ def pick_device(name: str) -> str:
 
 
 def check_memory(need: int, device: torch.device) -> None:
+    """Raise BadLuck if the device is known to have less than `need` bytes free."""
     free = free_memory(device)
     if free is not None and need > free:
         what = f"memory on {device}: expected {need / 1e9:.2f} GB free for the weights, got {free / 1e9:.2f} GB"
@@ -31,7 +32,7 @@ def check_memory(need: int, device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had, as far as this system tells; a tighter limit on the process counts."""
+    """Return a device's free bytes, the CPU's within the process's own limit; None if they cannot be known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     limits = []

@@ -1,7 +1,7 @@
-"""Models from the Hugging Face hub: nothing but data files, one line for every way it can fail.
+"""Download a model's data files from the Hugging Face hub, with one line for every way in which that can fail.
 
-`huggingface_hub` does the work, and with it come resumed downloads, the shared cache, and its switches HF_HOME,
-HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
+`huggingface_hub` does the work: it resumes downloads, keeps the shared cache, and obeys HF_HOME, HF_ENDPOINT, HF_TOKEN
+and HF_HUB_OFFLINE.
 """
 
 import re
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..errors import BadInput, BadLuck
 
-# What a checkpoint is read from. Code and pickles are not even downloaded.
+# The files that a checkpoint is read from. Code and pickles are not downloaded.
 FILES = [
     "config.json", "generation_config.json", "minillada.json", "*.safetensors", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -19,14 +19,16 @@ FILES = [
 
 
 class Quiet(tqdm):
+    """A progress bar that shows nothing."""
+
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **{**kwargs, "disable": True})
 
 
 def fetch(repository: str, revision: str | None = None, progress: bool = False) -> Path:
-    """The local directory of a repository's newest state, or of a revision (branch, tag or commit).
+    """Return the local directory of a repository, in its newest state or at a revision (branch, tag or commit).
 
-    Raises BadInput for what is no repository, BadLuck where the hub or the cache cannot give it.
+    Raises BadInput if there is no such repository, BadLuck if neither the hub nor the cache can give it.
     """
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository):
         raise BadLuck(f"{repository!r}: expected a directory or the id of a model on the hub, got neither; check it")

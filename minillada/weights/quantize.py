@@ -1,9 +1,9 @@
-"""Weights in 8 or 4 bits, activations as they were, so that the 8B fits cards of 12 and 8 GB.
+"""Store weights in 8 or 4 bits, so that the 8B model fits a card of 12 or 8 GB. This saves memory, not time.
 
-A weight is stored as small whole numbers and a scale, and is computed again, in the model's dtype, whenever it is used:
-that is what PyTorch calls a parametrization, and `model.py` does not notice. It saves memory, not time. The matrices
-inside the blocks and the head are stored so; the embedding is not (it is looked up, never multiplied with), nor are
-norms, biases and routers (small, and rounding a router would send tokens to other experts).
+A weight is stored as small whole numbers and scales, and is computed again in the model's dtype whenever it is used.
+PyTorch calls that a parametrization; `model.py` does not notice it. The matrices of the layers and the head are stored
+so. The embedding is not, because it is looked up and never multiplied with; nor are norms and biases, which are small,
+nor routers, because rounding one would send tokens to other experts.
 """
 
 import math
@@ -17,27 +17,30 @@ from ..model import LLaDA, MoE
 
 
 class Int8(nn.Module):
-    """A scale for each row: w = scale * q with q from -127 to 127. 8 bits a weight."""
+    """Weights in 8 bits with a scale for each row: w = scale * q, q from -127 to 127."""
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """w (...,in) -> q (...,in) int8, scale (...,1)."""
+        """Store w (...,in) as q (...,in) int8 and scale (...,1)."""
         scale = (w.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(w.dtype).tiny)
         return w.to(torch.float32, copy=True).div_(scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
 
     def forward(self, q: Tensor, scale: Tensor) -> Tensor:
+        """Compute w (...,in) again."""
         return q * scale
 
 
 class Int4(nn.Module):
-    """A scale and a lowest value for each group: w = low + scale * q with q from 0 to 15. Two q in a byte, so that with
-    groups of 64 and 16-bit scales it is 4.5 bits a weight."""
+    """Weights in 4 bits with a scale and a lowest value for each group: w = low + scale * q, q from 0 to 15.
+
+    A byte holds two q. With groups of 64 and 16-bit scales that is 4.5 bits a weight.
+    """
 
     def __init__(self, group: int) -> None:
         super().__init__()
         self.group = group
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """w (...,in) -> packed (...,in/G,G/2) uint8, scale and low (...,in/G,1)."""
+        """Store w (...,in) as packed (...,in/G,G/2) uint8, scale and low (...,in/G,1)."""
         w = w.unflatten(-1, (-1, self.group))
         low, high = w.aminmax(dim=-1, keepdim=True)
         scale = ((high - low) / 15).clamp(min=torch.finfo(w.dtype).tiny)
@@ -46,18 +49,19 @@ class Int4(nn.Module):
         return first | second << 4, scale, low
 
     def forward(self, packed: Tensor, scale: Tensor, low: Tensor) -> Tensor:
+        """Compute w (...,in) again."""
         q = torch.cat([packed & 15, packed >> 4], dim=-1)  # (...,in/G,G)
         return torch.addcmul(low, q.to(low.dtype), scale).flatten(-2)
 
 
 def kind_of(bits: str, width: int) -> nn.Module:
-    """Int4 in groups of 64 where the width divides; else of 32 or 16; else Int8."""
+    """Return Int4 in groups of 64, 32 or 16, the largest that divides the width, or Int8 if none does."""
     group = math.gcd(width, 64)
     return Int4(group) if bits == "int4" and group >= 16 else Int8()
 
 
 def matrices(model: LLaDA) -> list[tuple[nn.Module, str]]:
-    """What is stored in few bits, as (module, name of its weight). The head, the largest, comes first."""
+    """List what is stored in few bits as (module, name of its weight). The head comes first: it is the largest."""
     kept = [model.embed.weight] + [module.router.weight for module in model.modules() if isinstance(module, MoE)]
     found = []
     for module in reversed(list(model.modules())):
@@ -69,20 +73,20 @@ def matrices(model: LLaDA) -> list[tuple[nn.Module, str]]:
 
 
 def quantize(model: LLaDA, bits: str, device: str | torch.device | None = None) -> LLaDA:
-    """Turn the model's matrices into "int8" or "int4", in place, each on the device, where the model ends up.
+    """Turn the model's matrices into "int8" or "int4" in place, one after the other, each moved to the device first.
 
-    A model loaded on the CPU thus never needs more memory on the device than it has in the end and its largest matrix
-    takes while it is worked on. The result cannot be trained, saved or quantized again. Raises BadInput.
+    So a model that was loaded on the CPU takes no more memory on the device than in the end, plus its largest matrix.
+    The result cannot be trained, saved or quantized again. Raises BadInput.
     """
     check_one_of("quantize", bits, ("int8", "int4"))
     model.requires_grad_(False)
     for module, name in matrices(model):
         module.to(device)
         kind = kind_of(bits, getattr(module, name).shape[-1])
-        parametrize.register_parametrization(module, name, kind, unsafe=True)  # unsafe: without trying it out
+        parametrize.register_parametrization(module, name, kind, unsafe=True)  # unsafe: no trial run
     return model.to(device)
 
 
 def memory(model: nn.Module) -> int:
-    """Bytes of everything the model holds, what is shared counted once."""
+    """Return the bytes of all parameters and buffers; a shared one counts once."""
     return sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())

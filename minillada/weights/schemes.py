@@ -1,7 +1,7 @@
-"""One architecture, four ways to write it down: what config.json calls its fields, and the files its tensors.
+"""Translate names: four families of checkpoints name the config's fields and the tensors in their own ways.
 
-Each way is a table, a `Scheme`. `read_config` makes a ModelConfig of a config.json and refuses whatever the module does
-not implement; `write_config` is the way back.
+Each family is a table, a `Scheme`. `read_config` makes a ModelConfig of a config.json and refuses what the module does
+not implement; `write_config` makes a config.json of a ModelConfig.
 """
 
 import os
@@ -21,26 +21,26 @@ from ..text.tokenizer import Tokenizer
 
 SIDE = "minillada.json"  # in our own saves: fields of ModelConfig for which config.json has no key
 IDS = {"mask_id": "mask_token_id", "eos_id": "eos_token_id", "pad_id": "pad_token_id"}  # field -> key, in every scheme
-expect = partial(files.expect, fix="mend config.json")
+expect = partial(files.expect, fix="change that value in config.json")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one family of checkpoints names things."""
+    """The names that one family of checkpoints uses."""
 
-    marks: tuple[str, ...]  # a config.json with these keys is of this scheme; model_type does not tell
+    marks: tuple[str, ...]  # a config.json with these keys is of this scheme; model_type is not reliable
     keys: dict[str, str]  # field of ModelConfig -> key of config.json
-    fixed: dict[str, Any]  # keys for which the module implements just this value; null, false or no key all mean off
-    ignored: dict[str, Any]  # keys that cannot change what a loaded model answers; the values are what save writes
+    fixed: dict[str, Any]  # keys of which the module implements only this value; null, false and no key mean off
+    ignored: dict[str, Any]  # keys that cannot change what a loaded model answers, with the values that save writes
     tensors: dict[str, str]  # name in the module -> name in the file; i is the layer, e the expert
-    absent: dict[str, Any]  # what it means if one of these keys is not there
+    absent: dict[str, Any]  # what a missing key means
     rare: dict[str, Any] = field(default_factory=dict)  # like fixed, for keys that save does not write
     spare: dict[str, str] = field(default_factory=dict)  # like keys, for keys that save does not write
     derive: Callable[[dict, dict], dict] = lambda values, found: {}  # (keys, fields so far) -> further fields
-    express: dict[str, Callable[[ModelConfig], Any]] = field(default_factory=dict)  # the way back: key -> its value
+    express: dict[str, Callable[[ModelConfig], Any]] = field(default_factory=dict)  # key -> its value, for save
 
     def name_of(self, ours: str) -> str:
-        """What the files call a parameter of the module; where its rows are experts, {e} stands for their number."""
+        """Return what the files call a parameter of the module; {e} stands for the expert, if its rows are experts."""
         layer = re.match(r"layers\.(\d+)\.", ours)
         name = self.tensors.get(re.sub(r"^layers\.\d+\.", "layers.{i}.", ours))
         files.expect(name is not None, ours, "a name for it in the scheme", "none", "make the model a plain LLaDA")
@@ -48,7 +48,7 @@ class Scheme:
 
 
 def tensors(outer: dict[str, str], layer: str, inner: dict[str, str]) -> dict[str, str]:
-    """The names of weights and biases, from those of the modules that hold them: outside of the layers, and inside."""
+    """Return the names of weights and biases from those of the modules outside of the layers and inside a layer."""
     modules = outer | {f"layers.{{i}}.{ours}": layer + theirs for ours, theirs in inner.items()}
     return {f"{ours}.{kind}": f"{modules[ours]}.{kind}" for ours in modules for kind in ("weight", "bias")}
 
@@ -122,6 +122,7 @@ LLAMA = Scheme(  # LLaDA-V's language tower
 
 
 def derive_moe(values: dict, found: dict) -> dict:
+    """Return the fields that LLaDA-MoE's config.json tells indirectly."""
     layers, wanted = values["moe_layer_freq"], found["n_layer"]
     holds = isinstance(layers, list) and len(layers) == wanted and all(type(x) is int and x in (0, 1) for x in layers)
     expect(holds, "moe_layer_freq", f"{wanted} times 0 or 1", layers)
@@ -130,7 +131,7 @@ def derive_moe(values: dict, found: dict) -> dict:
 
 
 def partial_rotary(values: dict, found: dict) -> int:
-    """How many dims of a head turn. Found may still lack a head width, which then is C / H."""
+    """Return how many dims of a head rotate. If `found` has no head width, it is C / H."""
     factor, d_head = values["partial_rotary_factor"], found.get("d_head") or found["d_model"] // max(found["n_head"], 1)
     holds = type(factor) in (int, float) and 0 < factor <= 1
     expect(holds, "partial_rotary_factor", "a number above 0 and at most 1", factor)
@@ -165,6 +166,7 @@ LLADA_MOE = Scheme(  # LLaDA-MoE-7B-A1B
 
 
 def derive_llada2(values: dict, found: dict) -> dict:
+    """Return the fields that LLaDA2's config.json tells indirectly."""
     dense, shared = values["first_k_dense_replace"], values["num_shared_experts"]
     check_whole("first_k_dense_replace", dense, 0, found["n_layer"])
     check_whole("num_shared_experts", shared, 0, 64)
@@ -218,12 +220,12 @@ LLADA2 = Scheme(  # LLaDA2.x: fused query, key and value; a router with a bias; 
 )  # fmt: skip
 
 SCHEMES = {"LLaDA": LLADA, "LLaDA-MoE": LLADA_MOE, "LLaDA2": LLADA2, "Llama": LLAMA}  # in the order they are tried
-# Keys of any Hugging Face config that say nothing about the model. auto_map names code: it is never looked at.
+# Keys of any Hugging Face config that say nothing about the model. auto_map names code and is never used.
 COMMON = {
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "max_window_layers", "model_type",
     "output_router_logits", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
-KNOWN_IDS = {  # of published models whose config.json does not give them, by rows of the embedding
+KNOWN_IDS = {  # of published models whose config.json lacks them, by rows of the embedding
     126464: {"mask_id": 126336, "eos_id": 126081, "pad_id": 126081},  # LLaDA-8B, LLaDA-1.5, LLaDA-V
     157184: {"mask_id": 156895, "eos_id": 156892, "pad_id": 156892},  # LLaDA-MoE, LLaDA2
     155136: {"mask_id": 5},  # iLLaDA
@@ -231,8 +233,10 @@ KNOWN_IDS = {  # of published models whose config.json does not give them, by ro
 
 
 def read_config(directory: Path, tokenizer: Tokenizer | None, mask_id: int | None) -> tuple[str, ModelConfig]:
-    """The scheme's name and the config. An id that config.json does not tell comes from mask_id, the tokenizer, or
-    what is known of the published model with as many embedding rows."""
+    """Return the scheme's name and the config. Raises BadInput.
+
+    An id that is not in config.json comes from mask_id, from the tokenizer, or from KNOWN_IDS.
+    """
     raw = read_json(confined(directory, "config.json"), CONFIG_CAP)
     side = read_json(confined(directory, SIDE), CONFIG_CAP) if os.path.lexists(directory / SIDE) else {}
     scheme = recognise(raw)
@@ -249,12 +253,13 @@ def read_config(directory: Path, tokenizer: Tokenizer | None, mask_id: int | Non
     expect(divides, "n_head", f"a divisor of the width {found['d_model']}", found["n_head"])
     check_whole("d_shared_expert", found.get("d_shared_expert", 0), 0, 2**20)
     config = ModelConfig(**found)
-    # Each layer of any scheme has five tensors besides the experts, so this bounds the list of names to come.
+    # This bounds the list of tensor names that is made next.
     expect(config.n_layer * max(config.n_expert, 1) <= 2**15, "experts", "at most 32768 in all layers", config.n_expert)
     return scheme, config
 
 
 def recognise(raw: dict) -> str:
+    """Return the name of the first scheme whose marks are all in a config.json. Raises BadInput."""
     for name, scheme in SCHEMES.items():
         if all(mark in raw for mark in scheme.marks):
             return name
@@ -263,9 +268,9 @@ def recognise(raw: dict) -> str:
 
 
 def read_fields(raw: dict, scheme: Scheme, side: dict) -> dict[str, Any]:
-    """The fields of ModelConfig in a config.json, each of the right type; ids may still be missing.
+    """Return the fields of ModelConfig in a config.json, each of the right type; ids may still be missing.
 
-    An unknown key is refused unless it is null, since nobody can tell that it would not change the model.
+    An unknown key is refused unless it is null, because it might change the model. Raises BadInput.
     """
     keys, fixed = [*scheme.keys.values(), *scheme.express], scheme.fixed | scheme.rare
     known = {*COMMON, *keys, *scheme.spare.values(), *fixed, *scheme.ignored}
@@ -276,7 +281,7 @@ def read_fields(raw: dict, scheme: Scheme, side: dict) -> dict[str, Any]:
     for key, wanted in fixed.items():
         expect(same(values.get(key), wanted), key, f"{wanted!r}, all that is implemented here", values.get(key))
     if absent := [key for key in keys if key not in values]:
-        raise BadInput(f"config.json: expected the keys of its scheme, got no {listed(absent)}; mend config.json")
+        raise BadInput(f"config.json: expected the keys of its scheme, got no {listed(absent)}; add them there")
     found = {name: values[key] for name, key in (scheme.keys | scheme.spare).items() if key in values}
     check_types(found, "config.json")
     found |= scheme.derive(values, found)
@@ -286,14 +291,14 @@ def read_fields(raw: dict, scheme: Scheme, side: dict) -> dict[str, Any]:
 
 
 def same(value: Any, wanted: Any) -> bool:
-    """Equal, where null and false both mean off, and true is not 1."""
+    """Tell whether two values are equal: null and false both mean off, and true is not 1."""
     if wanted is None or wanted is False:
         return value is None or value is False
     return value == wanted and (value is True) == (wanted is True)
 
 
 def check_types(found: dict[str, Any], source: str) -> None:
-    """Every field of the type that ModelConfig declares; a bool is no int."""
+    """Raise BadInput unless every field has the type that ModelConfig declares; a bool is no int."""
     kinds = {f.name: f.type for f in fields(ModelConfig)}
     for name, value in found.items():
         expect(name in kinds, source, "fields of the model", name)
@@ -302,13 +307,13 @@ def check_types(found: dict[str, Any], source: str) -> None:
             holds = isinstance(value, list) and all(type(i) is int for i in value)
         else:
             accepted = (int, float) if kind is float else get_args(kind) or (kind,)
-            holds = type(value) in accepted or (name == "mask_id" and value is None)  # it may be told elsewhere
+            holds = type(value) in accepted or (name == "mask_id" and value is None)  # it may come from elsewhere
         expected = getattr(kind, "__name__", str(kind))
-        files.expect(holds, f"{name} in {source}", expected, value, f"mend {source}")
+        files.expect(holds, f"{name} in {source}", expected, value, f"change it in {source}")
 
 
 def write_config(config: ModelConfig) -> tuple[str, dict, dict]:
-    """The scheme that suits best, its config.json, and the fields that it cannot tell (for minillada.json)."""
+    """Return the scheme's name, its config.json, and the fields that it has no key for (for minillada.json)."""
     c = config
     sigmoid = c.router == "sigmoid" or c.router_renormalise or c.router_scale != 1 or c.n_expert_group > 1
     if c.n_expert and (sigmoid or c.d_shared_expert):
@@ -319,7 +324,7 @@ def write_config(config: ModelConfig) -> tuple[str, dict, dict]:
     raw = {key: getattr(c, ours) for ours, key in scheme.keys.items()} | scheme.fixed | scheme.ignored
     raw |= {key: value(c) for key, value in scheme.express.items()}
     found, side = read_fields(raw, scheme, {}), c.to_dict()
-    for ours in list(side):  # leave out what config.json tells, or what follows from it
+    for ours in list(side):  # leave out what config.json tells or implies
         rest = {key: value for key, value in side.items() if key != ours}
         with suppress(BadInput):
             side = rest if ModelConfig(**(found | rest)) == c else side
