@@ -25,7 +25,7 @@ import torch
 
 from minillada.diffusion import PROCESSES, random_length, sample_t
 from minillada.model import LLaDA
-from minillada.text.data import batches
+from minillada.text.ids import batches
 from minillada.training.config import TrainConfig
 from minillada.training.optim import set_rate
 from minillada.training.run import update

@@ -19,7 +19,8 @@ from torch import Generator, Tensor
 
 from minillada import Tokenizer, load
 from minillada.diffusion import exact_count, sample_t
-from minillada.text.data import cache_dir, tokenise, validation_batch
+from minillada.text.corpora import cache_dir
+from minillada.text.ids import tokenise, validation_batch
 from minillada.training.balance import watch_routing
 
 KINDS = ["masked", "punctuation", "capitalised word", "digits", "whitespace", "identifier", "other"]
@@ -58,7 +59,7 @@ def shares(run: Path, n_rows: int) -> dict:
         layers.append(visits / (counts[:, None] * model.config.n_expert_active).clamp(min=1))
     return {
         "run": run.name,
-        "layer": [i for i, block in enumerate(model.layers) if any(block.ffn is r.moe for r in routings)],
+        "layer": [i for i, layer in enumerate(model.layers) if any(layer.ffn is r.moe for r in routings)],
         "tokens": dict(zip(KINDS, counts.tolist(), strict=True)),
         "shares": [[[round(share, 4) for share in row] for row in layer.tolist()] for layer in layers],
     }

@@ -30,7 +30,7 @@ from torch import nn
 import minillada
 from minillada import Canvas, LLaDA, ModelConfig, SampleConfig, Tokenizer, TrainConfig, log_likelihoods, stream
 from minillada.diffusion import exact_count, model_bound, sample_t
-from minillada.text.data import read_text, training_part
+from minillada.text.corpora import read_text, training_part
 from minillada.text.tasks import make_task
 from minillada.training.config import PRESETS
 from minillada.training.optim import make_optimizers, set_rate

@@ -18,7 +18,7 @@ from minillada.diffusion import Noised, bernoulli, exact_count, model_bound, sam
 from minillada.errors import BadInput
 from minillada.measure.likelihood import exact_bound
 from minillada.model import LLaDA
-from minillada.text.data import plain_text
+from minillada.text.corpora import plain_text
 from minillada.weights.checkpoint import load
 
 GOLDEN = Path(__file__).parents[1] / "tests/golden/llada_dense"

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from minillada import load, log_likelihoods
-from minillada.text.data import cache_dir, tokenise, validation_batch
+from minillada.text.corpora import cache_dir
+from minillada.text.ids import tokenise, validation_batch
 from minillada.weights.quantize import memory, quantize
 
 

@@ -1,18 +1,16 @@
-"""How fast is a large text tokenised, with how much memory, and what does a kill cost?
+"""Measure how fast a large text is tokenised, and with how much memory.
 
     python benchmarks/tokenising.py                       100 MB: about five minutes
     python benchmarks/tokenising.py --megabytes 1000      and about half an hour
 
 The text is made of the files of the installed Python and its packages, whole ones in a random order, then all of them
-in another one, until it is large enough. Every row of the table is a process of its own: the tokenizer of the preset
-`tiny` learns its merges; the ids are written; again, but killed half-way, and the rest, which must end with the same
-files; and the first steps of a training that finds them (it learns the merges again). Seconds are those of the clock
-and of the processor; the peak is of resident memory, Python and PyTorch included: 0.3 GB before anything is done.
-RAYON_NUM_THREADS sets the threads that tokenise.
+in another order, until it is large enough. Every row of the table is a process of its own: the tokenizer of the preset
+`tiny` learns its merges; the ids are written; a training finds them and takes its first steps (it learns the merges
+again). Seconds are those of the clock and of the processor. The peak is of resident memory, Python and PyTorch
+included: 0.3 GB before anything is done. RAYON_NUM_THREADS sets the threads that tokenise.
 """
 
 import argparse
-import filecmp
 import json
 import os
 import random
@@ -27,7 +25,8 @@ from pathlib import Path
 from loading import peak_memory
 
 from minillada import TrainConfig, train
-from minillada.text.data import cache_dir, make_tokenizer, tokenise
+from minillada.text.corpora import cache_dir, make_tokenizer
+from minillada.text.ids import tokenise
 from minillada.text.tokenizer import Tokenizer
 
 SUFFIXES = (".py", ".txt", ".rst", ".md")
@@ -57,32 +56,14 @@ def write_text(path: Path, size: int) -> None:
                 file.write(text)
 
 
-def begin(stage: str, text: Path, home: Path, cache: Path) -> subprocess.Popen:
+def measure(stage: str, text: Path, home: Path) -> None:
+    """Run a stage in a process of its own and print its row of the table."""
     command = [sys.executable, __file__, "--stage", stage, str(text), str(home)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"MINILLADA_CACHE": str(cache)})
-
-
-def finish(what: str, child: subprocess.Popen, megabytes: float) -> None:
-    found = json.loads(child.communicate()[0])
-    speed = f"{megabytes / found['seconds']:.1f}" if child.args[3] == "ids" else ""
-    print(
-        f"| {what} | {found['seconds']:.0f} | {found['processor']:.0f} | {speed} | {found['peak'] / 1e6:.0f} |",
-        flush=True,
-    )
-
-
-def kill_half_way(child: subprocess.Popen, cache: Path, size: int) -> None:
-    """Send SIGKILL when the record of what is done counts half of the bytes."""
-    done = 0
-    while done < size / 2:
-        time.sleep(0.1)
-        if child.poll() is not None:
-            raise SystemExit("it ended before half of it was seen done: take a larger text")
-        for record in cache.glob("tokens/*.json"):
-            counts = json.loads(record.read_bytes())
-            done = counts["train"]["bytes"] + counts["val"]["bytes"]
-    child.kill()
-    child.wait()
+    environment = os.environ | {"MINILLADA_CACHE": str(home / "cache")}
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
+    seconds, size = found["seconds"], text.stat().st_size
+    speed = f"{size / 1e6 / seconds:.1f}" if stage == "ids" else ""
+    print(f"| {stage} | {seconds:.0f} | {found['processor']:.0f} | {speed} | {found['peak'] / 1e6:.0f} |", flush=True)
 
 
 def main() -> None:
@@ -98,18 +79,11 @@ def main() -> None:
         return print(json.dumps(found | {"peak": peak_memory()}))
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(temporary)
-        text, whole, killed = home / "text.txt", home / "whole", home / "killed"
+        text = home / "text.txt"
         write_text(text, args.megabytes * 10**6)
-        size = text.stat().st_size
         print("| | Seconds | of the processor | MB/s | Peak, MB |\n|---|---|---|---|---|")
-        finish("merges", begin("merges", text, home, whole), size / 1e6)
-        finish("ids", begin("ids", text, home, whole), size / 1e6)
-        kill_half_way(begin("ids", text, home, killed), killed, size)
-        finish("the rest after a kill", begin("ids", text, home, killed), size / 2e6)
-        finish("20 steps", begin("20 steps", text, home, whole), size / 1e6)
-        names = [path.name for path in (whole / "tokens").iterdir() if path.suffix in (".bin", ".json")]
-        same = filecmp.cmpfiles(whole / "tokens", killed / "tokens", names, shallow=False)[0]
-        print(f"{len(same)} of {len(names)} files are the same after a kill")
+        for stage in STAGES:
+            measure(stage, text, home)
 
 
 if __name__ == "__main__":

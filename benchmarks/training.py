@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minillada.diffusion import PROCESSES, random_length, sample_t
 from minillada.model import LLaDA, ModelConfig
-from minillada.text.data import Tokens, batches
+from minillada.text.ids import Tokens, batches
 from minillada.training.config import TrainConfig
 from minillada.training.distributed import spread
 from minillada.training.optim import add_gradients, choose_precision, make_optimizers

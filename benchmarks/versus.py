@@ -39,7 +39,7 @@ from minillada.measure.likelihood import Pair, exact_bound, log_likelihoods, str
 from minillada.measure.twin import causal, twin_generate, twin_log_likelihoods
 from minillada.model import LLaDA
 from minillada.sampler import SampleConfig
-from minillada.text.data import Tokens, batches, cache_dir, make_tokenizer, tokenise
+from minillada.text.ids import Tokens, batches, cache_dir, make_tokenizer, tokenise
 from minillada.text.tales import TALE, entropy_per_character, expected_length, tales
 from minillada.text.tasks import TASKS, Example, Task, make_task
 from minillada.text.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from minillada import SampleConfig, generate, load
-from minillada.text.data import read_text, training_part
+from minillada.text.corpora import read_text, training_part
 
 
 def words(text: str) -> list[str]:

@@ -21,7 +21,7 @@ import matplotlib
 from minillada import TrainConfig, TrainStep, train
 from minillada.commands import cli
 from minillada.errors import check_one_of
-from minillada.text.data import cache_dir
+from minillada.text.corpora import cache_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 Step = TypeVar("Step")

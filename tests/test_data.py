@@ -9,15 +9,16 @@ import sys
 import threading
 import time
 import tracemalloc
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from minillada.errors import BadInput, BadLuck
-from minillada.text import data
-from minillada.text.data import batches, cache_dir, read_text, tokenise, validation_batch
+from minillada.text import corpora
+from minillada.text import ids as on_disk
+from minillada.text.corpora import cache_dir, read_text
+from minillada.text.ids import batches, tokenise, validation_batch
 from minillada.text.tokenizer import Tokenizer
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX files")
@@ -63,14 +64,14 @@ def test_the_tales_are_about_a_megabyte_and_always_the_same():
 def test_line_ends_become_lf_and_a_byte_order_mark_is_dropped_wherever_the_reads_cut(file, monkeypatch):
     path = file(b"\xef\xbb\xbfa\r\n\xe2\x82\xac\rb\n\r\n\xf0\x9f\x98\x80\r")
     for chunk in range(1, 12):
-        monkeypatch.setattr(data, "CHUNK", chunk)
+        monkeypatch.setattr(corpora, "CHUNK", chunk)
         assert whole(path) == "a\n€\nb\n\n😀\n"
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 18])
 @pytest.mark.parametrize("bad, offset", [(b"ab\xff", 2), ("é€".encode() + b"\x80x", 5), (b"\xef\xbb\xbfa\xe2\x82", 4)])
 def test_what_is_not_utf8_is_named_with_file_and_offset(file, monkeypatch, chunk, bad, offset):
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr(corpora, "CHUNK", chunk)
     with pytest.raises(BadInput, match=rf"text\.txt: .* at offset {offset};"):
         whole(file(bad))
 
@@ -131,13 +132,13 @@ def test_a_line_of_jsonl_that_cannot_be_used_is_named_by_number(file, line):
 
 
 def test_a_line_of_jsonl_that_is_too_long_is_refused(file, monkeypatch):
-    monkeypatch.setattr(data, "MAX_LINE", 20)
+    monkeypatch.setattr(corpora, "MAX_LINE", 20)
     with pytest.raises(BadInput, match="at most 20 bytes"):
         whole(file('{"text": "aaaaaaaaaaaaaaaaaaaa"}', "d.jsonl"))
 
 
 def test_memory_does_not_grow_with_the_length_of_a_line(file, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "GROUP", data.CHUNK)
+    monkeypatch.setattr(on_disk, "GROUP", corpora.CHUNK)
     path = file(b"all in one line " * 500_000)  # 8 MB
     tokenizer = Tokenizer.characters(read_text(path))
     tracemalloc.start()
@@ -164,7 +165,7 @@ def test_the_chunks_read_do_not_change_the_characters(file, tmp_path, monkeypatc
     path = file("Bär € 😀\r\n" * 50)
     at_once = tokenise(path, BYTES, tmp_path / "ids")
     for chunk in (3, 4, 5, 7, 30):
-        monkeypatch.setattr(data, "CHUNK", chunk)
+        monkeypatch.setattr(corpora, "CHUNK", chunk)
         in_pieces = tokenise(path, BYTES, tmp_path / str(chunk))
         assert np.array_equal(at_once.train, in_pieces.train) and np.array_equal(at_once.val, in_pieces.val)
         assert at_once.fingerprint == in_pieces.fingerprint
@@ -191,26 +192,40 @@ def test_files_are_reused_until_the_text_or_the_tokenizer_changes(file, tmp_path
     path, ids = file("the cat sat on the mat " * 9), tmp_path / "ids"
 
     def written():
-        return {name: (ids / name).stat().st_mtime_ns for name in visible(ids)}
+        return {path: path.stat().st_mtime_ns for path in ids.glob("*/*")}
 
     first = tokenise(path, BYTES, ids).fingerprint
     before = written()
-    assert len(before) == 3
+    assert sorted(path.name for path in before) == ["counts.json", "manifest.json", "train.bin", "val.bin"]
     assert tokenise(path, BYTES, ids).fingerprint == first and written() == before
-    assert tokenise(path, Tokenizer.bpe(["the cat"], 262), ids).fingerprint != first and len(written()) == 6
+    assert tokenise(path, Tokenizer.bpe(["the cat"], 262), ids).fingerprint != first and len(visible(ids)) == 2
     path.write_text("the dog sat on the mat " * 9)
-    assert tokenise(path, BYTES, ids).fingerprint != first and len(written()) == 9
+    assert tokenise(path, BYTES, ids).fingerprint != first and len(visible(ids)) == 3
     assert before.items() <= written().items()
 
 
-def test_a_damaged_file_of_ids_is_made_again(file, tmp_path):
+DAMAGE = {
+    "cut short": ("train.bin", b"abc"),
+    "of the same size": ("train.bin", b"\1\0" * 19),
+    "empty": ("val.bin", b""),
+    "counts of nothing": ("counts.json", b"{}"),
+    "counts of another text": ("counts.json", b'{"dtype": "uint16"}'),
+    "no JSON": ("manifest.json", b"nonsense"),
+    "a manifest of nothing": ("manifest.json", b'{"files": {}}'),
+    "missing": ("counts.json", None),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_of_ids_is_made_again(name, content, file, tmp_path):
     path = file("the cat sat on the mat")
     tokens = tokenise(path, BYTES, tmp_path / "ids")
-    right = tokens.train.tolist()
+    train, val = tokens.train.tolist(), tokens.val.tolist()
     del tokens
-    for name, content in (("*.train.bin", b"abc"), ("*.json", b"{}"), ("*.json", b"nonsense")):
-        next((tmp_path / "ids").glob(name)).write_bytes(content)
-        assert tokenise(path, BYTES, tmp_path / "ids").train.tolist() == right
+    [damaged] = (tmp_path / "ids").glob(f"*/{name}")
+    damaged.unlink() if content is None else damaged.write_bytes(content)
+    again = tokenise(path, BYTES, tmp_path / "ids")
+    assert again.train.tolist() == train and again.val.tolist() == val
 
 
 def test_a_fault_on_the_way_leaves_no_files(file, tmp_path):
@@ -223,12 +238,12 @@ def test_a_fault_on_the_way_leaves_no_files(file, tmp_path):
 @pytest.fixture
 def story(file, monkeypatch):
     """A text of several documents and many groups, and what its ids are when each piece is encoded alone."""
-    monkeypatch.setattr(data, "CHUNK", 64)
-    monkeypatch.setattr(data, "GROUP", 200)
+    monkeypatch.setattr(corpora, "CHUNK", 64)
+    monkeypatch.setattr(on_disk, "GROUP", 200)
     path = file("".join(json.dumps({"text": f"{i} sheep, Bär, €. " * 10}) + "\n" for i in range(9)), "d.jsonl")
     files = [path, file("the cat sat on the mat\r\n" * 30)]
     tokenizer = Tokenizer.bpe(["the cat sat on the mat, sheep"], 280)
-    texts = [list(chunks) for chunks in data.documents(files)]
+    texts = [list(chunks) for chunks in corpora.documents(files)]
     cut, ids = sum(len(c) for chunks in texts for c in chunks) * 9 // 10, {"train": [], "val": []}
     for number, chunks in enumerate(texts):
         if number:
@@ -240,76 +255,65 @@ def story(file, monkeypatch):
     return files, tokenizer, ids
 
 
-class Killed(BaseException):
-    """Nothing catches it, as nothing catches a SIGKILL."""
-
-
-def killed_at(monkeypatch, moment, call):
-    """Run call, and end it before the write of JSON number `moment` (from 0); whether it got so far."""
-    count = iter(range(moment))
-
-    def write_json(path, document):
-        if next(count, None) is None:
-            raise Killed
-        return right(path, document)
-
-    right = data.write_json
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "write_json", write_json)
-        try:
-            call()
-        except Killed:
-            return True
-    return False
-
-
 def test_ids_encoded_in_groups_are_those_of_each_piece_alone(story, tmp_path):
     files, tokenizer, ids = story
     tokens = tokenise(files, tokenizer, tmp_path / "ids")
     assert tokens.train.tolist() == ids["train"] and tokens.val.tolist() == ids["val"]
 
 
-def test_a_tokenisation_killed_at_any_moment_goes_on_and_ends_the_same(story, tmp_path, monkeypatch):
+def contents(directory):
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), BadInput("no"), OSError(28, "No space left on device")])
+def test_an_interruption_at_any_moment_leaves_nothing_and_starting_again_gives_the_same_files(
+    fault, story, tmp_path, monkeypatch
+):
     files, tokenizer, ids = story
-    encoded, encode_batch = [], Tokenizer.encode_batch
-    monkeypatch.setattr(
-        Tokenizer, "encode_batch", lambda self, texts: encoded.extend(texts) or encode_batch(self, texts)
-    )
+    tokenise(files, tokenizer, tmp_path / "whole")
+    moments, right = 0, Tokenizer.encode_batch
 
-    def again(home):
-        return tokenise(files, tokenizer, home)
+    def encode_batch(self, texts):
+        if moments_left.pop():
+            return right(self, texts)
+        raise fault
 
-    again(tmp_path / "whole")
-    everything, moment = list(encoded), 0
-    while killed_at(monkeypatch, moment, partial(again, tmp_path / str(moment))):
-        encoded.clear()
-        tokens = again(tmp_path / str(moment))
+    monkeypatch.setattr(Tokenizer, "encode_batch", encode_batch)
+    while True:
+        home = tmp_path / str(moments)
+        moments_left = [*[True] * 100, False, *[True] * moments]
+        try:
+            tokenise(files, tokenizer, home)
+            break  # there were not so many moments
+        except (KeyboardInterrupt, BadInput, BadLuck):
+            assert visible(home) == [] and not list(home.glob(".*.tmp"))
+        tokens = tokenise(files, tokenizer, home)
         assert tokens.train.tolist() == ids["train"] and tokens.val.tolist() == ids["val"]
-        assert encoded == everything[len(everything) - len(encoded) :]  # only the rest
-        assert len(encoded) == len(everything) if moment == 0 else len(encoded) < len(everything)
-        moment += 1
-    assert moment > 7
+        assert contents(home) == contents(tmp_path / "whole")
+        moments += 1
+    assert moments > 7
 
 
-def test_what_a_kill_left_half_written_is_not_trusted(story, tmp_path, monkeypatch):
+def test_what_a_killed_process_left_is_removed(story, tmp_path):
     files, tokenizer, ids = story
-    for damage in (b"", b"\1\2\3"):  # shorter than recorded, and longer
-        home = tmp_path / str(len(damage))
-        assert killed_at(monkeypatch, 6, partial(tokenise, files, tokenizer, home))
-        part = next(home.glob("*.train.bin"))
-        part.write_bytes(part.read_bytes() + damage if damage else b"")
-        assert tokenise(files, tokenizer, home).train.tolist() == ids["train"]
+    tokenise(files, tokenizer, tmp_path / "whole")
+    [name] = visible(tmp_path / "whole")
+    draft = tmp_path / "ids" / f".{name}.tmp"
+    draft.mkdir(parents=True)
+    (draft / ".train.bin.123.tmp").write_bytes(b"half")
+    assert tokenise(files, tokenizer, tmp_path / "ids").train.tolist() == ids["train"]
+    assert contents(tmp_path / "ids") == contents(tmp_path / "whole")
 
 
-def test_a_text_that_changes_between_two_calls_is_begun_anew(file, story, tmp_path, monkeypatch):
+def test_a_text_that_changes_between_two_calls_has_files_of_its_own(file, story, tmp_path):
     files, tokenizer, ids = story
-    home = tmp_path / "ids"
-    assert killed_at(monkeypatch, 6, lambda: tokenise(files, tokenizer, home))
+    tokenise(files, tokenizer, tmp_path / "ids")
     lf = file("the cat sat on the mat\n" * 30)  # the same text, read in other pieces
-    same = tokenise(files, tokenizer, home)
-    assert len(visible(home)) == 3 and tokenizer.decode(same.val) == tokenizer.decode(ids["val"])
+    same = tokenise(files, tokenizer, tmp_path / "ids")
+    assert len(visible(tmp_path / "ids")) == 1 and same.val.tolist() == ids["val"]
     lf.write_text("the dog sat on the mat\n" * 30)
-    assert "dog" in tokenizer.decode(tokenise(files, tokenizer, home).val) and len(visible(home)) == 6
+    assert "dog" in tokenizer.decode(tokenise(files, tokenizer, tmp_path / "ids").val)
+    assert len(visible(tmp_path / "ids")) == 2
 
 
 def test_a_text_that_changes_while_it_is_read_is_refused(story, tmp_path, monkeypatch):
@@ -326,58 +330,58 @@ def test_a_text_that_changes_while_it_is_read_is_refused(story, tmp_path, monkey
     assert visible(tmp_path / "ids") == []
 
 
-def test_a_full_disk_is_one_line_and_what_is_done_stays(story, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_leaves_nothing(story, tmp_path, monkeypatch):
     files, tokenizer, ids = story
 
     def full(handle):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        assert killed_at(monkeypatch, 4, lambda: tokenise(files, tokenizer, tmp_path / "ids"))
-        patch.setattr(data.os, "fsync", full)
-        with pytest.raises(BadLuck, match="No space left on device; make room") as error:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(BadLuck, match="No space left on device; ") as error:
             tokenise(files, tokenizer, tmp_path / "ids")
-    assert "\n" not in str(error.value)
-    assert json.loads(next((tmp_path / "ids").glob("*.json")).read_bytes())["pieces"] > 0
+    assert "\n" not in str(error.value) and visible(tmp_path / "ids") == []
     assert tokenise(files, tokenizer, tmp_path / "ids").train.tolist() == ids["train"]
 
 
-def test_the_disk_has_the_ids_before_the_record_that_counts_them(story, tmp_path, monkeypatch):
+def test_the_disk_has_every_file_before_the_directory_gets_its_name(story, tmp_path, monkeypatch):
     files, tokenizer, _ = story
-    events, write_json, fsync = [], data.write_json, os.fsync
-    monkeypatch.setattr(data, "write_json", lambda *args: events.append("record") or write_json(*args))
-    monkeypatch.setattr(data.os, "fsync", lambda handle: events.append("flush") or fsync(handle))
+    events, fsync, replace, rename = [], os.fsync, os.replace, os.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append("flush") or fsync(handle))
+    monkeypatch.setattr(os, "replace", lambda a, b: events.append(b.name) or replace(a, b))
+    monkeypatch.setattr(os, "rename", lambda a, b: events.append("the name") or rename(a, b))
     tokenise(files, tokenizer, tmp_path / "ids")
-    assert events.count("record") > 7
-    assert all(events[i - 2 : i] == ["flush", "flush"] for i, e in enumerate(events[:-3]) if e == "record")
+    events = events[: events.index("the name")]
+    assert [e for e in events if e != "flush"] == ["val.bin", "train.bin", "counts.json", "manifest.json"]
+    assert all(events[i - 1] == "flush" for i, e in enumerate(events) if e != "flush")
 
 
-def test_a_killed_process_goes_on_and_another_one_waits_for_it(file, tmp_path):
-    """Two real processes: the one that holds the lock is killed in the middle, then this one goes on."""
+def test_a_killed_process_leaves_no_ids_and_another_one_waits_for_it(file, tmp_path):
+    """Two real processes: the one that holds the lock is killed half-way, then this one writes everything."""
     path = file(f"{'the cat sat on the mat ' * 20}\n" * 400)
     program = (
-        "import sys, time; from minillada.text import data; from minillada.text.tokenizer import Tokenizer\n"
-        "data.GROUP, data.CHUNK, right = 1 << 14, 1 << 12, data.write_json\n"
-        "def slow(path, document): right(path, document); print(flush=True); time.sleep(0.05)\n"
-        "data.write_json = slow; data.tokenise(sys.argv[1], Tokenizer.bytes(), sys.argv[2])"
+        "import sys, time; from minillada.text import corpora, ids; from minillada.text.tokenizer import Tokenizer\n"
+        "ids.GROUP, corpora.CHUNK, right = 1 << 14, 1 << 12, Tokenizer.encode_batch\n"
+        "def slow(*args): print(flush=True); time.sleep(0.05); return right(*args)\n"
+        "Tokenizer.encode_batch = slow; ids.tokenise(sys.argv[1], Tokenizer.bytes(), sys.argv[2])"
     )
     ids = tmp_path / "ids"
     with subprocess.Popen([sys.executable, "-c", program, str(path), str(ids)], stdout=subprocess.PIPE) as child:
         for _ in range(3):
             child.stdout.readline()
+        assert visible(ids) == [] and len(list(ids.glob(".*.tmp"))) == 1
         threading.Timer(0.1, child.kill).start()
-        record = next(ids.glob("*.json"))
         tokens = tokenise(path, BYTES, ids)  # waits for the lock
         assert child.wait() != 0
-    assert "pieces" not in json.loads(record.read_bytes())
+    assert len(visible(ids)) == 1 and not list(ids.glob(".*.tmp"))
     assert BYTES.decode([*tokens.train, *tokens.val]) == path.read_text()
 
 
 def test_merges_are_learned_from_a_bounded_part_of_the_text(file, monkeypatch):
     path = file("the cat sat on the mat " * 500 + "zygote " * 500)
-    of_all = data.make_tokenizer("bpe:280", path)
-    monkeypatch.setattr(data, "MERGES_FROM", 5000)
-    of_the_start = data.make_tokenizer("bpe:280", path)
+    of_all = corpora.make_tokenizer("bpe:280", path)
+    monkeypatch.setattr(corpora, "MERGES_FROM", 5000)
+    of_the_start = corpora.make_tokenizer("bpe:280", path)
     assert len(of_all.encode(" zygote")) < len(of_the_start.encode(" zygote"))
 
 
@@ -476,8 +480,8 @@ def test_the_cache_directory_can_be_chosen(monkeypatch, tmp_path):
 def server(monkeypatch, tmp_path):
     """A web server on this machine: set `.body`, read `.asked`. What is known of Shakespeare becomes a small text."""
     text = b"To be, or not to be\r\n"
-    monkeypatch.setattr(data, "SHAKESPEARE_SIZE", len(text))
-    monkeypatch.setattr(data, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
+    monkeypatch.setattr(corpora, "SHAKESPEARE_SIZE", len(text))
+    monkeypatch.setattr(corpora, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
     monkeypatch.setenv("MINILLADA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
@@ -518,15 +522,15 @@ def test_another_text_than_shakespeare_is_refused_and_not_kept(server, body):
 
 def test_without_a_network_it_says_how_to_get_shakespeare_by_hand(server):
     with pytest.raises(BadLuck, match="shakespeare: expected to download") as error:
-        list(data.shakespeare("http://127.0.0.1:9/"))
+        list(corpora.shakespeare("http://127.0.0.1:9/"))
     assert "tinyshakespeare.txt" in str(error.value) and "\n" not in str(error.value)
 
 
 def whole_of(server):
-    return "".join(data.shakespeare(server.url))
+    return "".join(corpora.shakespeare(server.url))
 
 
 def test_what_is_written_about_the_tokens_is_plain_json(file, tmp_path):
     tokenise(file("the cat sat on the mat"), BYTES, tmp_path / "ids")
-    about = json.loads(next((tmp_path / "ids").glob("*.json")).read_bytes())
+    about = json.loads(next((tmp_path / "ids").glob("*/counts.json")).read_bytes())
     assert about["dtype"] == "uint16" and about["val"] == {"tokens": 3, "characters": 3, "bytes": 3}

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
+from minillada.commands.tasks import main
 from minillada.errors import BadInput
 from minillada.text.tales import GRAMMAR, tell
 from minillada.text.tales import tales as all_tales
-from minillada.text.tasks import TASKS, Example, boards, is_tale, main, make_task, peers, solutions, write_task
+from minillada.text.tasks import TASKS, Example, boards, is_tale, make_task, peers, solutions, write_task
 
 SMALL = {name: (40, 0, 5 if name == "sudoku9" else 30) for name in TASKS}
 

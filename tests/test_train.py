@@ -27,7 +27,7 @@ from minillada.commands import cli
 from minillada.diffusion import exact_count, sample_t
 from minillada.files import newest_checkpoint
 from minillada.measure.likelihood import log_likelihoods
-from minillada.text.data import validation_batch
+from minillada.text.ids import validation_batch
 from minillada.training import optim, state
 from minillada.training.config import PRESETS
 from minillada.training.optim import make_optimizers, rate, restore, snapshot

@@ -18,7 +18,7 @@ from ..show.page import FORMS, check_file, save
 from ..show.terminal import watch
 from ..show.trace import Trace, overhear
 from ..text.chat import ChatTemplate, check_size
-from ..text.data import json_lines, plain_text
+from ..text.corpora import json_lines, plain_text
 from ..text.tokenizer import Tokenizer, display
 from ..weights.checkpoint import expect_tokenizer
 from .cli import add_sampling, complain, sample_config

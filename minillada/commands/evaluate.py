@@ -17,7 +17,7 @@ from ..measure.evaluate import (
     measure_text,
     read_choices,
 )  # fmt: skip
-from ..text.data import read_text, training_part
+from ..text.corpora import read_text, training_part
 from ..text.tasks import TASKS, make_task
 from ..weights.checkpoint import check, load
 from ..weights.device import pick_device
@@ -33,6 +33,7 @@ EXAMPLES = """examples:
 
 
 def options() -> Parser:
+    """Return the parser of the command's options."""
     p = Parser(__doc__, EXAMPLES)
     p.add_argument("run", nargs="?", help="a run directory, or any model directory or id (default: the newest run)")
     what = p.add_mutually_exclusive_group(required=True)
@@ -58,13 +59,14 @@ def options() -> Parser:
 
 
 def text_of(args: argparse.Namespace, source: str) -> str:
+    """Read the text, or the part of it that the options ask for."""
     text = "".join(read_text(source))
     text = text[training_part(len(text)) :] if args.held_out else text
     return text if args.limit is None else text[: args.limit]
 
 
 def measure(args: argparse.Namespace, talker: Talker) -> dict:
-    """Do what the options say."""
+    """Take the measurement that the options ask for; return a dictionary for JSON."""
     model, tokenizer = talker.model, talker.tokenizer
     draws = {"seed": args.seed, "batch_size": args.batch_size}
     if args.file is not None or args.choices is not None:
@@ -93,6 +95,7 @@ def measure(args: argparse.Namespace, talker: Talker) -> dict:
 
 
 def main() -> None:
+    """Read the options, load the model, measure, and print the result as JSON."""
     args = options().parse_args()
     check_whole("batch_size", args.batch_size, 1)
     check_whole("n", args.n, 1)

@@ -1,4 +1,4 @@
-"""How good is a model? What a text costs it, what it writes into gaps, which option it prefers, which tasks it solves.
+"""Measure a model on a text, on gaps in a text, on questions with options, and on toy tasks.
 
 Each measurement is a function that returns a dictionary for JSON.
 """
@@ -14,11 +14,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..canvas import Canvas
 from ..errors import BadInput, check_number, check_one_of, check_whole
-from ..files import parse_json
-from ..sampler import SampleConfig, answer_of, stream
-from ..text.data import opened, validation_batch
+from ..sampler import Canvas, SampleConfig, answer_of, stream
+from ..text.corpora import records
+from ..text.ids import validation_batch
 from ..text.tasks import Example, Task
 from ..text.tokenizer import Tokenizer
 from .likelihood import Pair, confidence_scores, log_likelihoods, perplexity
@@ -27,22 +26,23 @@ SCORINGS = ("bound", "confidence")
 
 
 def mean_of(values: Sequence[float]) -> dict:
-    """Their mean with its standard error, as of independent values."""
+    """Return the mean of independent values, its standard error and their number."""
     error = pstdev(values) / sqrt(max(len(values) - 1, 1))
     return {"accuracy": fmean(values), "standard_error": error, "n": len(values)}
 
 
 def bar(rows: Iterable, what: str) -> Iterable:
-    """The rows, with a progress bar on a terminal."""
+    """Return the rows, with a progress bar on a terminal."""
     return tqdm(rows, desc=what, disable=None)
 
 
 def batches(rows: Sequence, size: int, what: str) -> Iterable[Sequence]:
+    """Cut the rows into batches of at most `size`, with a progress bar."""
     return bar([rows[first : first + size] for first in range(0, len(rows), size)], what)
 
 
 def complete(model: nn.Module, canvas: Canvas, config: SampleConfig, seed: int) -> tuple[torch.Tensor, int]:
-    """The filled canvas (B,T) and how many evaluations that took."""
+    """Return the filled canvas (B,T) and how many evaluations it took."""
     nfe, x = 0, canvas.x
     for step in stream(model, canvas, config, seed):
         x, nfe = step.x, step.nfe
@@ -53,7 +53,7 @@ def complete(model: nn.Module, canvas: Canvas, config: SampleConfig, seed: int) 
 
 
 def measure_text(model: nn.Module, tokenizer: Tokenizer, text: str, **options) -> dict:
-    """`perplexity` of a text, with its options; every figure is an upper bound."""
+    """Measure the `perplexity` of a text, with the options of that function; every figure is an upper bound."""
     found = perplexity(model, text, tokenizer, progress=partial(bar, what="perplexity"), **options)
     derived = {name: getattr(found, name) for name in ("perplexity", "bits_per_character", "bits_per_byte")}
     unknown = {} if options.get("n_samples") != 1 else {"standard_error": None}
@@ -73,8 +73,10 @@ def measure_infilling(
     seed: int = 0,
     batch_size: int = 8,
 ) -> dict:
-    """Of n evenly spaced windows of the text this share of the tokens is hidden, at random: how many are written as
-    they were? Nothing but the window is seen."""
+    """Hide a random share of the tokens in n evenly spaced windows of a text; measure how many are written right.
+
+    length: tokens of a window, and all that the model sees.
+    """
     check_number("hide", hide, 1e-9, 1.0)
     check_whole("n", n, 1)
     x0 = validation_batch(np.array(tokens), n, length)  # (n,T)
@@ -96,7 +98,7 @@ def measure_infilling(
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
-    """The ids of two texts that follow each other, encoded as one; blanks between them belong to the continuation."""
+    """Encode two texts as one and cut the ids where the first ends; blanks between them belong to the continuation."""
     text, context = context + continuation, context.rstrip()
     before, whole = tokenizer.encode_batch([context, text])
     return before, whole[len(before) :]
@@ -111,7 +113,7 @@ def score_options(
     batch_size: int = 32,
     cfg_scale: float = 0.0,
 ) -> list[float]:
-    """A number for each, the higher the likelier: the bound of its log-likelihood, or `confidence_scores`."""
+    """Return a score for each pair, higher for a likelier one: a bound of log p, or one of `confidence_scores`."""
     check_one_of("scoring", scoring, SCORINGS)
     rows = bar(pairs, "options")
     if scoring == "confidence":
@@ -120,9 +122,9 @@ def score_options(
 
 
 def measure_choices(model: nn.Module, tokenizer: Tokenizer, items: Sequence[dict], **options) -> dict:
-    """How often the right one of several options is likeliest; also with each score divided by the option's characters.
+    """Measure how often the right option is the likeliest, also with each score divided by the option's characters.
 
-    items: {"prompt", "options", "answer": the right one's number from 0}; options: of `score_options`.
+    items: {"prompt", "options", "answer": the number of the right one, from 0}. options: of `score_options`.
     """
     pairs = [encode_pair(tokenizer, item["prompt"], option) for item in items for option in item["options"]]
     scores = iter(score_options(model, pairs, **options))
@@ -135,22 +137,18 @@ def measure_choices(model: nn.Module, tokenizer: Tokenizer, items: Sequence[dict
 
 
 def read_choices(path: Path) -> list[dict]:
-    """Raises BadInput with the number of the line, BadLuck."""
+    """Read questions from JSON lines. Raises BadInput with the number of the line, BadLuck."""
     items = []
-    with opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            what = f"{path}, line {number}"
-            item = parse_json(line, what)
-            options, answer = item.get("options"), item.get("answer")
-            texts = [item.get("prompt"), *(options if isinstance(options, list) else [None])]
-            if not all(isinstance(text, str) for text in texts) or len(texts) < 3 or "" in texts[1:]:
-                raise BadInput(f'{what}: expected a "prompt" and at least two "options", got others; mend the line')
-            check_whole(f"{what}, answer", answer, 0, len(options) - 1)
-            items.append(item)
+    for where, item in records(path):
+        item = item if isinstance(item, dict) else {}
+        options = item.get("options") if isinstance(item.get("options"), list) else []
+        texts = [item.get("prompt"), *options]
+        if not all(isinstance(text, str) for text in texts) or len(options) < 2 or "" in options:
+            raise BadInput(f'{where}: expected a "prompt" and two or more "options", got others; add them')
+        check_whole(f"{where}, answer", item.get("answer"), 0, len(options) - 1)
+        items.append(item)
     if not items:
-        raise BadInput(f"{path}: expected a question in each line, got nothing; write some")
+        raise BadInput(f"{path}: expected a question in each line, got nothing; write one JSON object in a line")
     return items
 
 

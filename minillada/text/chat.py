@@ -1,7 +1,7 @@
-"""From messages to ids: chat templates, in which nothing that a person types can become a special token.
+"""Turn messages into ids by a chat template, so that nothing that a person types becomes a special token.
 
-The template is rendered with one private character in place of each message's content, then cut there: its own pieces
-are encoded with their special tokens, the contents apart from them, as plain text.
+The template is rendered with one private character in place of each message's content, and the result is cut there. Its
+own pieces are encoded with their special tokens; the contents are encoded apart from them, as plain text.
 """
 
 import json
@@ -20,7 +20,7 @@ from ..errors import BadInput, BadLuck, check_one_of, check_whole
 from ..files import CONFIG_CAP, confined, one_line, read_json
 from .tokenizer import Tokenizer, display, refuse_surrogates
 
-# LLaDA's own, for directories that bring none.
+# LLaDA's own template, for directories that have none.
 LLADA = (
     "{{ bos_token | default('') }}"
     "{% for message in messages %}"
@@ -34,25 +34,25 @@ FILES = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja
 ROLES = ("system", "user", "assistant")
 TEMPLATE_CAP, PROMPT_CAP = 64 << 10, 1 << 20  # bytes
 RENDER = str(Path(__file__).with_name("render.py"))
-PATIENCE = 20  # seconds by the clock; a template may compute for one of them
-STAND_IN = 0xF0000  # the first of 65,534 code points that mean nothing to Unicode; no template can cut or change one
+PATIENCE = 20  # seconds to wait for a process that may compute for one of them
+STAND_IN = 0xF0000  # the first of 65,534 private code points, which no template cuts or changes
 Message = dict[str, str]  # {"role": one of ROLES, "content": text}
 
 
 @dataclass
 class ChatTemplate:
-    """A directory's template, and the tokenizer that it goes with. Make one with `load`."""
+    """A directory's template and its tokenizer. Make one with `load`."""
 
     tokenizer: Tokenizer
     source: str  # the Jinja2 program
-    own: bool  # the directory brought it
-    names: dict[str, str]  # bos_token and its like
-    stop_ids: tuple[int, ...]  # what ends an answer
-    rendered: dict[tuple, str] = field(default_factory=dict, repr=False)  # what is known already
+    own: bool  # it comes from the directory
+    names: dict[str, str]  # bos_token, eos_token, …: what the template may call them -> their text
+    stop_ids: tuple[int, ...]  # tokens that end an answer
+    rendered: dict[tuple, str] = field(default_factory=dict, repr=False)  # results, by roles
 
     @classmethod
     def load(cls, directory: str | Path, tokenizer: Tokenizer | None = None) -> "ChatTemplate":
-        """chat_template.jinja, or what tokenizer_config.json has, or LLaDA's. Raises BadInput, BadLuck."""
+        """Take chat_template.jinja, or the one in tokenizer_config.json, or LLaDA's. Raises BadInput, BadLuck."""
         directory = Path(directory)
         tokenizer = tokenizer or Tokenizer.load(directory)
         there = {name: confined(directory, name) for name in FILES if os.path.lexists(directory / name)}
@@ -66,10 +66,10 @@ class ChatTemplate:
         return cls(tokenizer, source or LLADA, bool(source), names, stop_ids(generation, tokenizer))
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt for the next answer. Contents lose the space around them, as LLaDA's template has it.
+        """Return the ids of the prompt for the next answer. Contents lose the blanks around them, as in LLaDA's.
 
-        Where a template puts text rather than a special token right beside a content, the two are not merged into one
-        token, as they may be in the official code. Raises BadInput.
+        A template's text and a content beside it never merge into one token, as they may in the official code.
+        Raises BadInput.
         """
         roles = [message["role"] for message in messages]
         contents = [message["content"].strip() for message in messages]
@@ -86,7 +86,7 @@ class ChatTemplate:
         return [id for i, piece in enumerate(pieces) for id in encode[i % 2](piece)]
 
     def encode_markup(self, text: str) -> list[int]:
-        """The ids of the template's own text, in which special tokens are what they look like."""
+        """Return the ids of the template's own text, in which special tokens are recognised."""
         inner = self.tokenizer.inner
         inner.encode_special_tokens = False
         try:
@@ -96,7 +96,7 @@ class ChatTemplate:
             inner.encode_special_tokens = True
 
     def render(self, roles: list[str], contents: list[str]) -> str:
-        """The text with a stand-in for every content that is not empty: the same for the same roles."""
+        """Return the rendered text with a stand-in for every content that is not empty."""
         shape = tuple((role, bool(content)) for role, content in zip(roles, contents, strict=True))
         if shape not in self.rendered:
             if not self.own:
@@ -108,9 +108,9 @@ class ChatTemplate:
         return self.rendered[shape]
 
     def fit(self, messages: list[Message], room: int) -> tuple[list[Message], list[int]]:
-        """The messages without the oldest turns, as many as make at most `room` tokens, and their ids.
+        """Leave out the oldest turns until the messages make at most `room` tokens; return the rest and their ids.
 
-        System messages and the last message stay. Raises BadInput where these alone are too long.
+        System messages and the last message stay. Raises BadInput if these alone are too long.
         """
         first = next((i for i, message in enumerate(messages) if message["role"] != "system"), 0)
         while len(ids := self.encode_chat(messages)) > room:
@@ -121,14 +121,14 @@ class ChatTemplate:
 
 
 def run_template(source: str, context: dict) -> str:
-    """Render in a process that can be stopped. Raises BadInput for whatever the template does wrong."""
+    """Render the template in a process that can be stopped. Raises BadInput if the template fails."""
     if tuple(map(int, re.findall(r"\d+", version("jinja2"))[:3])) < (3, 1, 6):
         raise BadLuck(f"jinja2: expected 3.1.6 or newer, got {version('jinja2')}; pip install -U jinja2")
     job = json.dumps({"path": sys.path, "template": source, "context": context}).encode()
     try:
         done = subprocess.run([sys.executable, "-I", RENDER], input=job, capture_output=True, timeout=PATIENCE)
         answer = json.loads(done.stdout)
-    except (subprocess.TimeoutExpired, ValueError):  # ValueError: it was stopped, and has not answered
+    except (subprocess.TimeoutExpired, ValueError):  # ValueError: it was stopped before it answered
         answer = {"error": "one that takes too much time or memory"}
     if "error" in answer:
         raise BadInput(f"chat template: expected one that renders, got {display(answer['error'])}; use another")
@@ -136,7 +136,7 @@ def run_template(source: str, context: dict) -> str:
 
 
 def check_size(what: str, *texts: str) -> None:
-    """Refuse more than 1 MB of text, and text that is no Unicode."""
+    """Raise BadInput for more than 1 MB of text, and for text with lone surrogates."""
     if sum(map(len, texts)) > PROMPT_CAP or sum(len(text.encode("utf-8", "replace")) for text in texts) > PROMPT_CAP:
         raise BadInput(f"{what}: expected at most {PROMPT_CAP} bytes, got more; shorten it")
     for text in texts:
@@ -144,27 +144,28 @@ def check_size(what: str, *texts: str) -> None:
 
 
 def read_template(path: Path) -> str:
+    """Return the text of a chat_template.jinja. Raises BadInput."""
     if path.stat().st_size > TEMPLATE_CAP:
         raise BadInput(f"{path.name}: expected at most {TEMPLATE_CAP} bytes, got more; use another")
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path.name}: expected UTF-8, got a wrong byte at {error.start}; fetch it again") from None
+        raise BadInput(f"{path.name}: expected UTF-8, got a wrong byte at {error.start}; download it again") from None
 
 
 def default_of(found: object) -> str | None:
-    """The template in tokenizer_config.json: a text, or the one named "default" in a list."""
+    """Return the template in tokenizer_config.json: a text, or the one named "default" in a list. Raises BadInput."""
     if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
         found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry.get("name"), str)}
         check_one_of("chat_template", "default", found)
         found = found["default"]
     if found is not None and not isinstance(found, str):
-        raise BadInput(f"chat_template: expected a text or a list of named ones, got {type(found).__name__}; mend it")
+        raise BadInput(f"chat_template: expected a text or a list of named ones, got {type(found).__name__}; remove it")
     return found
 
 
 def special_names(config: dict, tokenizer: Tokenizer) -> dict[str, str]:
-    """What a template may call bos_token and so on: the strings of the file, else those of the tokenizer."""
+    """Return the texts of bos_token and so on: those of the file, or else those of the tokenizer."""
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     names = {name: tokenizer.token(id) for name, id in ids.items() if id is not None}
     for name in (*ids, "unk_token"):
@@ -176,7 +177,7 @@ def special_names(config: dict, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def stop_ids(generation: dict, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The end of text, what generation_config.json adds, and the end of a turn, each once."""
+    """Return the ids of the end of text, of generation_config.json, and of the end of a turn, each once."""
     told = generation.get("eos_token_id", [])
     told = told if isinstance(told, list) else [told]
     for id in told:
@@ -186,8 +187,8 @@ def stop_ids(generation: dict, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def protect(tokenizer: Tokenizer, source: str) -> None:
-    """Make every marker of the template a special token, even where tokenizer.json calls it ordinary, so that a user
-    cannot type it."""
+    """Make every marker of the template a special token, even if tokenizer.json calls it ordinary, so that nobody can
+    type one."""
     added = {token.content for token in tokenizer.inner.get_added_tokens_decoder().values()}
     known = [marker for marker in MARKERS if tokenizer.inner.token_to_id(marker) is not None]
     markers = [text for text in sorted(added | set(known)) if text in source and not text.isspace()]
@@ -196,6 +197,7 @@ def protect(tokenizer: Tokenizer, source: str) -> None:
 
 
 def check_markers(tokenizer: Tokenizer) -> None:
+    """Raise BadInput unless the tokenizer has the markers of LLaDA's template."""
     lacking = [marker for marker in MARKERS if tokenizer.inner.token_to_id(marker) is None]
     if lacking:
         what = "chat: expected a chat template in the files or a tokenizer for LLaDA's"

@@ -1,8 +1,8 @@
-"""A chat template, rendered in a process of its own: a template is a stranger's program, and may loop or grow for ever.
+"""Render a chat template in a process of its own, because a stranger's template may loop or grow for ever.
 
-`chat.py` runs this file, with a job as JSON on standard input and the answer as JSON on standard output. Inside, the
-template meets Jinja2's immutable sandbox; outside, the system stops the process at so much memory and time. It imports
-nothing of ours, so that it starts in a tenth of a second.
+`chat.py` runs this file: it reads a job as JSON from standard input and writes the answer as JSON to standard output.
+Jinja2's immutable sandbox confines the template, and the system ends the process at a limit of memory and time. The
+file imports nothing of ours, so it starts in a tenth of a second.
 """
 
 import json
@@ -17,7 +17,7 @@ LENGTH = 1 << 20  # characters of the result
 
 
 def limit() -> None:
-    """Let the system kill this process when it takes too much. Each system has its own way."""
+    """Let the system end this process when it takes too much memory or time; each system has its own way."""
     if sys.platform == "win32":
         return limit_windows()
     import resource
@@ -27,13 +27,14 @@ def limit() -> None:
         resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
     lower(resource.RLIMIT_CPU, round(time.process_time() + SECONDS))  # whole seconds
-    if sys.platform == "darwin":  # has no limit that holds
+    if sys.platform == "darwin":  # its limit on memory does not hold
         threading.Thread(target=watch_memory, daemon=True).start()
     else:
         lower(resource.RLIMIT_AS, MEMORY)
 
 
 def watch_memory() -> None:
+    """End the process when it has taken too much memory, since macOS does not."""
     import resource
 
     while resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < MEMORY:  # bytes on macOS
@@ -42,7 +43,7 @@ def watch_memory() -> None:
 
 
 def limit_windows() -> None:
-    """A job object with a limit on this process's memory and time (learn.microsoft.com: Job Objects)."""
+    """Put this process into a job object with a limit on memory and time (learn.microsoft.com: Job Objects)."""
     import ctypes
     from ctypes import c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 
@@ -67,7 +68,7 @@ def limit_windows() -> None:
 
 
 def render(template: str, context: dict) -> str:
-    """The text of a template, with the settings that Hugging Face templates are written for."""
+    """Return the text that a template makes, with the settings that Hugging Face templates are written for."""
     from jinja2 import StrictUndefined, TemplateError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -89,6 +90,7 @@ def render(template: str, context: dict) -> str:
 
 
 def main() -> None:
+    """Answer one job: {"text": …} or {"error": …}."""
     job = json.load(sys.stdin.buffer)
     sys.path[:] = job["path"]
     try:

@@ -1,12 +1,12 @@
-"""Endless little stories whose entropy is known exactly, so that a model's loss can be held against the truth.
+"""Make endless little stories whose entropy is known exactly, so that a model's loss can be compared with it.
 
-A tale is one independent, uniform roll of a die per entry of `GRAMMAR`. A roll picks a row, and every column of that
-row is a word (or a phrase with further {words}) used all through the tale: who the hero is decides every "she" and
-"his", and what was lost in the third sentence is what is found near the end.
+A tale takes one row of every entry of `GRAMMAR`, each with the same probability and independent of the others. Every
+column of a row is a word (or a phrase with further {words}) that is used throughout the tale: the hero decides every
+"she" and "his", and what was lost in the third sentence is found near the end.
 
-Two properties make the entropy exact, and the tests check both. Each roll shows in the text, and no row of an entry
-begins like another one, so a text tells its rolls: the entropy of a tale is that of the dice, the sum of ln(rows).
-And the rolls are independent, so the expected length is a sum of means.
+Two properties make the entropy exact, and the tests check both. Every choice shows in the text, and no row of an entry
+begins like another one; so a text tells which rows were taken, and its entropy is the sum of ln(rows) over the entries.
+And the choices are independent, so the expected length is a sum of means.
 """
 
 import random
@@ -21,7 +21,7 @@ NAMES = {
 
 TALE = "{opening} {treasure} {loss} {meeting} {finding} {ending}"
 
-# The columns of an entry, and its rows: one is chosen, every column with it. Columns are cut at "|".
+# Names of columns -> rows, of which one is chosen. Columns are separated by "|".
 GRAMMAR: dict[str, list[str]] = {
     "name|she|her|him|She": [f"{name}|{words}" for words, names in NAMES.items() for name in names.split()],
     "trait": ["kind", "brave", "curious", "shy", "clever", "cheerful", "patient", "stubborn", "dreamy", "gentle"],
@@ -87,26 +87,31 @@ GRAMMAR: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-def tell(rolls: Mapping[str, str]) -> str:
-    """The tale of one row per entry of `GRAMMAR`, without a line end."""
+def words_of(rolls: Mapping[str, str]) -> dict[str, str]:
+    """Return the word of every column. {"thing|lost": "hat|it fell"} -> {"thing": "hat", "lost": "it fell"}."""
     words = {}
     for columns, row in rolls.items():
         words |= zip(columns.split("|"), row.split("|"), strict=True)
-    tale = TALE
+    return words
+
+
+def tell(rolls: Mapping[str, str]) -> str:
+    """Return the tale of these rows, one for each entry of `GRAMMAR`, without a line end."""
+    tale, words = TALE, words_of(rolls)
     while "{" in tale:  # phrases hold further words
         tale = tale.format(**words)
     return tale
 
 
 def tales(seed: int, n: int) -> Iterator[str]:
-    """The first `n` tales of `seed`: independent, six or seven sentences each, without a line end."""
+    """Yield the first `n` tales of `seed`, independent, of six or seven sentences, without a line end."""
     rng = random.Random(seed)
     for _ in range(n):
         yield tell({columns: rng.choice(rows) for columns, rows in GRAMMAR.items()})
 
 
 def expected_length(template: str) -> float:
-    """The mean number of characters a template becomes: its own letters plus, for each {word}, the mean of its rows."""
+    """Return the mean length of a filled template: its own letters plus, for each {word}, the mean of its rows."""
     total = 0.0
     for letters, word, _, _ in Formatter().parse(template):
         total += len(letters)
@@ -118,5 +123,5 @@ def expected_length(template: str) -> float:
 
 
 def entropy_per_character() -> float:
-    """Nats per character of the endless text of tales, each followed by a line end: H(tale) / E[length + 1]."""
+    """Return the nats per character of a text with a tale in each line: H(tale) / E[length + 1]."""
     return sum(log(len(rows)) for rows in GRAMMAR.values()) / (expected_length(TALE) + 1)

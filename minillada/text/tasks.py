@@ -1,7 +1,7 @@
-"""Toy tasks with known answers: examples to train on, questions, and who says whether they were answered.
+"""Make toy tasks with known answers: examples to train on, questions, and a checker of answers.
 
-`make_task` is a function of its arguments alone. What is held out for the test does not depend on the seed, and each
-task's docstring says what it is. An answer ends with its line, so a checker reads the first line written.
+The result of `make_task` depends on its arguments alone. What is held out for the test does not depend on the seed; the
+docstring of each task says what it is. An answer ends with its line, so a checker reads the first line written.
 
     python -m minillada tasks addition --n 20000 --out data/addition
 """
@@ -17,7 +17,7 @@ from zlib import crc32
 
 from ..errors import BadInput, check_one_of, check_whole
 from ..files import listed, write_file
-from .tales import GRAMMAR, NAMES, TALE, tell
+from .tales import GRAMMAR, NAMES, TALE, tell, words_of
 
 
 class Example(NamedTuple):
@@ -25,8 +25,8 @@ class Example(NamedTuple):
 
     prompt: str
     answer: str
-    after: str = ""  # what stands behind the answer, where that is a gap to be filled
-    kind: str = ""  # accuracies are told apart by it
+    after: str = ""  # what stands behind the answer, if that is a gap to be filled
+    kind: str = ""  # kinds of question have accuracies of their own
 
     @property
     def text(self) -> str:
@@ -34,7 +34,7 @@ class Example(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Examples to train on, questions, and check(question, what a model wrote): how much of it is right, 0 to 1."""
+    """Examples to train on, questions, and check(question, what a model wrote) -> the share that is right, 0 to 1."""
 
     name: str
     train: list[Example]
@@ -46,34 +46,36 @@ class Task(NamedTuple):
 
 
 def line_of(text: str) -> str:
-    """The first line written, without blanks round it."""
+    """Return the first line written, without the blanks round it."""
     return text.lstrip(" ").split("\n")[0].strip()
 
 
 def exact(example: Example, got: str) -> float:
+    """Return 1 if the line is the answer, else 0."""
     return float(line_of(got) == example.answer.strip())
 
 
 def share(example: Example, got: str) -> float:
-    """How many of the answer's parts, cut at commas, are right and in their place."""
+    """Return the share of the answer's parts, cut at commas, that are right and in their place."""
     wanted, parts = example.answer.split(","), line_of(got).split(",")
     return sum(a == b for a, b in zip(wanted, parts, strict=False)) / len(wanted)
 
 
 def told(example: Example, got: str) -> float:
-    """1 if prompt and line together are a tale of the grammar, whichever."""
+    """Return 1 if prompt and line together are any tale of the grammar, else 0."""
     return float(is_tale(f"{example.prompt} {line_of(got)}"))
 
 
-# ---- generators: (rng, test, parameter) -> endless examples, of the test part or of the other
+# ---- generators: (rng, test, parameter) -> endless examples, of the test part or of the training part
 
 
 def held_out(key: object) -> bool:
-    """One key in ten is for the test alone."""
+    """Tell whether a key is for the test alone, as one in ten is."""
     return crc32(repr(key).encode()) % 10 == 0
 
 
 def pair(rng: random.Random, test: bool, low: int, high: int) -> tuple[int, int]:
+    """Draw two numbers from low to high, whose unordered pair belongs to the part."""
     while True:
         a, b = rng.randint(low, high), rng.randint(low, high)
         if held_out((min(a, b), max(a, b))) == test:
@@ -81,23 +83,22 @@ def pair(rng: random.Random, test: bool, low: int, high: int) -> tuple[int, int]
 
 
 def addition(rng: random.Random, test: bool, digits: int) -> Iterator[Example]:
-    """`12+34=` -> `46`. Held out by unordered pair: who is asked 12+34 has seen neither it nor 34+12."""
+    """Yield `12+34=` -> `46`. Held out by unordered pair: neither 12+34 nor 34+12 is trained on if one is asked."""
     while True:
         a, b = pair(rng, test, 10 ** (digits - 1), 10**digits - 1)
         yield Example(f"{a}+{b}=", str(a + b))
 
 
 def sums(rng: random.Random, test: bool, terms: int) -> Iterator[Example]:
-    """`12+34,07+93=` -> `00046,00100`: a long answer whose parts can all be filled in at once, each as wide as its
-    question, so that the two stand a fixed distance apart. Held out by unordered pair, as for `addition`.
-    """
+    """Yield `12+34,07+93=` -> `00046,00100`, a long answer whose parts can be filled in at once, each as wide as its
+    question, so that the two are always equally far apart. Held out by unordered pair."""
     while True:
         pairs = [pair(rng, test, 0, 99) for _ in range(terms)]
         yield Example(",".join(f"{a:02}+{b:02}" for a, b in pairs) + "=", ",".join(f"{a + b:05}" for a, b in pairs))
 
 
 def reverse(rng: random.Random, test: bool, length: int) -> Iterator[Example]:
-    """`stone=` -> `enots`, random letters, three up to `length`. Held out by word, read either way."""
+    """Yield `stone=` -> `enots` of three to `length` random letters. Held out by word, read either way."""
     while True:
         word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, length)))
         if held_out(min(word, word[::-1])) == test:
@@ -116,8 +117,8 @@ ASKED = MIDDLES[-1]  # and not " is", which "known as" may follow
 
 @cache
 def world(n: int) -> tuple[list[tuple[str, str]], list[Example]]:
-    """What is told of n people, (first, last), and every question. A third are told with the name first, a third with
-    the role first, a third both ways."""
+    """Return what is told of n people, as (first, last), and every question. A third are told with the name first, a
+    third with the role first, and a third both ways."""
     rng = random.Random("facts")
     names = [f"{first} {last}" for first in " ".join(NAMES.values()).split() for last in SURNAMES.split()]
     statements, questions = [], []
@@ -135,10 +136,10 @@ def world(n: int) -> tuple[list[tuple[str, str]], list[Example]]:
 
 
 def facts(rng: random.Random, test: bool, n: int) -> Iterator[Example]:
-    """`Ada Barlow has long been` -> ` the miller of Cobham.`, for the reversal curse (arXiv:2309.12288); n people.
+    """Yield `Ada Barlow has long been` -> ` the miller of Cobham.` of n people (reversal curse, arXiv:2309.12288).
 
-    Held out is the direction in which a fact was not told. Kinds of question: `as told`; `reversed`, a phrase known
-    from other facts; `reversed by filling`, the gap at the start of the sentence as told; `told both ways`, a control.
+    Held out is the direction in which a fact was not told. Kinds of question: `as told`; `reversed`; `reversed by
+    filling`, which asks for the start of the sentence as told; and `told both ways`, for comparison.
     """
     statements, questions = world(n)
     while True:
@@ -151,20 +152,20 @@ def facts(rng: random.Random, test: bool, n: int) -> Iterator[Example]:
 
 @cache
 def places(box: int) -> list[tuple[int, int, int]]:
-    """Of every cell, the numbers of its row, column and box among all 3 * side units."""
+    """Return for each cell the numbers of its row, column and box among all 3 * side units."""
     side = box * box
     return [(r, side + c, 2 * side + r // box * box + c // box) for r in range(side) for c in range(side)]
 
 
 @cache
 def peers(box: int) -> list[list[int]]:
-    """Of every cell, the cells it shares a unit with."""
+    """Return for each cell the cells that share a unit with it."""
     return [[i for i, other in enumerate(places(box)) if set(units) & set(other)] for units in places(box)]
 
 
 def solutions(cells: list[int], box: int, rng: random.Random | None = None) -> Iterator[list[int]]:
-    """Every way to fill the empty cells (0) of a board in reading order: depth first, the cell with the fewest digits
-    possible first, digits in random order if there is an rng."""
+    """Yield every way to fill the empty cells (0) of a board in reading order: depth first, beginning with the cell
+    that has the fewest possible digits; an rng shuffles the digits."""
     side, where, cells = box * box, places(box), list(cells)
     full, used = (1 << side) - 1, [0] * 3 * side  # bit d - 1: digit d
     for cell, digit in enumerate(cells):
@@ -199,7 +200,7 @@ def solutions(cells: list[int], box: int, rng: random.Random | None = None) -> I
 
 
 def dig(solution: list[int], box: int, rng: random.Random) -> list[int]:
-    """The solution with 3/8 to 5/8 of its cells emptied, fewer if need be, so that no other solution fits."""
+    """Empty 3/8 to 5/8 of a solution's cells, fewer if need be, so that no other solution fits."""
     puzzle, size = list(solution), box**4
     left = rng.randint(size * 3 // 8, size * 5 // 8)
     for cell in rng.sample(range(size), size):
@@ -216,11 +217,11 @@ def dig(solution: list[int], box: int, rng: random.Random) -> list[int]:
 
 @cache
 def boards() -> tuple[list[list[int]], list[list[int]]]:
-    """The 288 solved 4x4 boards in two parts, to train on and for the test.
+    """Return the 288 solved 4x4 boards in two parts, to train on and for the test.
 
-    No board becomes one of the other part by renaming its digits and turning or mirroring it: the 24 * 8 symmetries
-    leave five classes, of 24, 24, 48, 96 and 96 boards, and the last is held out. (All 3072 symmetries, with swaps of
-    rows, would leave only two.)
+    Renaming digits, turning and mirroring never turn a board into one of the other part: these 24 * 8 symmetries leave
+    five classes of 24, 24, 48, 96 and 96 boards, and the last is held out. (All 3072 symmetries, which also swap rows,
+    would leave only two.)
     """
 
     def renamed(board: list[int]) -> tuple[int, ...]:
@@ -241,7 +242,7 @@ def boards() -> tuple[list[list[int]], list[list[int]]]:
 
 
 def vary(rng: random.Random, box: int) -> Callable[[list[int]], list[int]]:
-    """A random symmetry of the boards: digits renamed, rows and columns exchanged within and with their boxes."""
+    """Return a random symmetry: it renames digits and exchanges rows and columns within and with their boxes."""
     side = box * box
     names = [0, *rng.sample(range(1, side + 1), side)]
     rows, columns = (
@@ -251,10 +252,10 @@ def vary(rng: random.Random, box: int) -> Callable[[list[int]], list[int]]:
 
 
 def sudoku(rng: random.Random, test: bool, box: int) -> Iterator[Example]:
-    """A board in reading order, `.` where it is empty -> the only solution.
+    """Yield a board in reading order, with `.` for an empty cell -> its only solution.
 
-    Held out for box 2 (4x4): see `boards`. For box 3 (9x9) the test has boards of its own, of five billion that no
-    symmetry makes equal; to train on, 16 are made of each by `vary`, since digging takes 20 ms.
+    For box 2 (4x4) `boards` says what is held out. For box 3 (9x9) the test draws boards of its own from five billion
+    classes. Digging one takes 20 ms, so 16 training examples are made of each by `vary`.
     """
     while True:
         solution = rng.choice(boards()[test]) if box == 2 else next(solutions([0] * box**4, box, rng))
@@ -265,7 +266,7 @@ def sudoku(rng: random.Random, test: bool, box: int) -> Iterator[Example]:
 
 
 def read(template: str, text: str, rolls: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Every way in which the text can begin as the template says: what is left of it, and the rolls that do it."""
+    """Yield every way in which the text can begin as the template says: (rest of the text, the rows taken)."""
     letters, _, rest = template.partition("{")
     if not text.startswith(letters):
         return
@@ -280,23 +281,20 @@ def read(template: str, text: str, rolls: dict[str, str]) -> Iterator[tuple[str,
 
 
 def is_tale(text: str) -> bool:
-    """Can the grammar of tales.py tell this, to the last letter?"""
+    """Tell whether the grammar of tales.py can make exactly this text."""
     return any(not left for left, _ in read(TALE, text, {}))
 
 
 def tale(rng: random.Random) -> tuple[str, dict[str, str]]:
-    """A tale and its words."""
+    """Return a random tale and its words."""
     rolls = {columns: rng.choice(rows) for columns, rows in GRAMMAR.items()}
-    words = {}
-    for columns, row in rolls.items():
-        words |= zip(columns.split("|"), row.split("|"), strict=True)
-    return tell(rolls), words
+    return tell(rolls), words_of(rolls)
 
 
 def tales(rng: random.Random, test: bool, _: int) -> Iterator[Example]:
-    """The first sentence of a tale -> the rest; any that the grammar can tell is right. Held out by first sentence.
+    """Yield the first sentence of a tale -> the rest. Held out by first sentence.
 
-    The exact entropy of a text with a tale in each line is `tales.entropy_per_character`.
+    Any rest that the grammar can make is right. `tales.entropy_per_character` is the entropy of such a text.
     """
     while True:
         text, _ = tale(rng)
@@ -316,7 +314,7 @@ QUESTIONS = {
 
 
 def questions(rng: random.Random, test: bool, _: int) -> Iterator[Example]:
-    """A tale and `Who lost the kite?` -> ` Ada`; its kind is what is asked. Held out by hero, friend and food."""
+    """Yield a tale and `Who lost the kite?` -> ` Ada`; the kind is what is asked. Held out by hero, friend and food."""
     while True:
         text, words = tale(rng)
         asked = rng.choice(list(QUESTIONS))
@@ -325,10 +323,12 @@ def questions(rng: random.Random, test: bool, _: int) -> Iterator[Example]:
 
 
 class Recipe(NamedTuple):
+    """How a task is made and checked."""
+
     make: Callable[[random.Random, bool, int], Iterator[Example]]
     check: Callable[[Example, str], float] = exact
-    default: int = 0  # the generator's parameter
-    least: int = 0  # what a user may ask for, `addition:3`; 0 to 0: nothing
+    default: int = 0  # the generator's parameter, as the 3 of `addition:3`
+    least: int = 0  # what a user may ask for; 0 to 0: there is no parameter
     most: int = 0
 
 
@@ -345,17 +345,19 @@ TASKS: dict[str, Recipe] = {
 
 
 def make_task(spec: str, n: int, seed: int = 0, n_test: int = 500) -> Task:
-    """n examples to train on, drawn with repetition, and at most n_test questions, all different. Raises BadInput.
+    """Make n examples to train on, drawn with repetition, and at most n_test questions, all different. Raises BadInput.
 
-    spec: a name of `TASKS`, and for some a number: the digits of `addition:3`, the terms of `sums:32`, the longest word
-    of `reverse:8`, the people of `facts:240`.
+    spec: a name of `TASKS`, and for some a number: of digits (`addition:3`), terms (`sums:32`), letters (`reverse:8`)
+    or people (`facts:240`).
     """
     name, colon, parameter = spec.partition(":")
     check_one_of("task", name, TASKS)
     recipe = TASKS[name]
     if colon and not (parameter.isdecimal() and recipe.least <= int(parameter) <= recipe.most):
-        expected = f"a number from {recipe.least} to {recipe.most}" if recipe.most else "none"
-        raise BadInput(f"task {name}: expected {expected} after the colon, got {parameter!r}; mend it")
+        expected, fix = "none", "leave out the colon"
+        if recipe.most:
+            expected, fix = f"a number from {recipe.least} to {recipe.most}", f"write {name}:{recipe.default}"
+        raise BadInput(f"task {name}: expected {expected} after the colon, got {parameter!r}; {fix}")
     check_whole("n", n, 0)
     check_whole("n_test", n_test, 0)
     value = int(parameter) if colon else recipe.default
@@ -372,14 +374,16 @@ def make_task(spec: str, n: int, seed: int = 0, n_test: int = 500) -> Task:
 
 
 def json_of(example: Example) -> str:
+    """Return the JSON of an example, without empty fields."""
     fields = {name: value for name, value in example._asdict().items() if value or name in ("prompt", "answer")}
     return json.dumps(fields, ensure_ascii=False)
 
 
 def write_task(task: Task, directory: str | Path) -> dict[str, Path]:
-    """train.txt, a text to pre-train on with an example in each line; train.jsonl and test.jsonl, an object in each.
+    """Write a task to three new files, with an example in each line; return their paths by name.
 
-    Raises BadInput if one of them exists, BadLuck if it cannot be written.
+    train.txt is a text to pre-train on; train.jsonl and test.jsonl hold objects. Raises BadInput if one of them exists,
+    BadLuck if it cannot be written.
     """
     lines = {
         "train.txt": (example.text for example in task.train),

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ..diffusion import Noised, exact_count, pretraining_loss
 from ..files import one_line
 from ..model import LLaDA
-from ..text.data import Tokens, validation_batch
+from ..text.ids import Tokens, validation_batch
 from .balance import Routing, auxiliary_loss, watch_routing
 from .config import TrainConfig
 from .distributed import agree, full, reduce, share, synchronise, world_size

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..diffusion import PROCESSES, Noised, random_length, sample_t
 from ..model import LLaDA
-from ..text.data import Tokens, batches
+from ..text.ids import Tokens, batches
 from ..text.tokenizer import Tokenizer
 from .balance import move_biases, routing_report
 from .config import TrainConfig

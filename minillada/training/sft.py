@@ -30,7 +30,8 @@ from ..files import write_file
 from ..measure.likelihood import Pair, attention, log_likelihoods
 from ..model import ModelConfig
 from ..text.chat import MARKERS, ROLES, ChatTemplate, Message
-from ..text.data import Tokens, digest_of, records
+from ..text.corpora import records
+from ..text.ids import Tokens, digest_of
 from ..text.tokenizer import Tokenizer
 from .config import TrainConfig
 

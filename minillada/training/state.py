@@ -11,7 +11,8 @@ from torch import Generator
 
 from ..errors import BadInput, BadLuck
 from ..model import LLaDA, ModelConfig
-from ..text.data import cache_dir, make_tokenizer, tokenise
+from ..text.corpora import cache_dir, make_tokenizer
+from ..text.ids import tokenise
 from ..text.tokenizer import Tokenizer
 from ..weights.checkpoint import check, expect_tokenizer, load
 from .config import TrainConfig

@@ -4,7 +4,7 @@ import torch
 from torch import Generator, nn
 
 from ..diffusion import Noised, exact_count, model_bound, sample_t
-from ..text.data import Tokens, validation_batch
+from ..text.ids import Tokens, validation_batch
 from .config import TrainConfig
 from .distributed import reduce, share
 from .optim import autocast

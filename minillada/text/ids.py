@@ -1,0 +1,228 @@
+"""Write the ids of a text to disk once, map them into memory, and draw batches from them.
+
+    source -> documents -> pieces of str -> train.bin, val.bin -> batches (B,T)
+
+The first nine tenths of the characters are for training, the rest for validation. The files lie in a directory named
+after the SHA-256 of tokenizer and text: another text or tokenizer has another directory.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import chain, count, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..errors import BadInput, check_whole
+from ..files import one_line, replacing, sync_directory, verify_manifest, write_json, write_manifest
+from .corpora import BAR, Source, documents, training_part
+from .tokenizer import Tokenizer
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+GROUP = 1 << 21  # characters that are encoded together, by all processors
+PARTS = ("train", "val")
+FILES = {"train.bin", "val.bin", "counts.json"}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The ids of a text, mapped into memory."""
+
+    train: np.ndarray  # (N,) uint16 or uint32
+    val: np.ndarray
+    characters_per_token: float  # of the validation part: nats per token / this = nats per character
+    bytes_per_token: float  # the same for bytes of UTF-8
+    fingerprint: str  # SHA-256 of the tokenizer and the text
+
+
+# ---- ids on disk ----
+
+
+def tokenise(
+    source: Source, tokenizer: Tokenizer, directory: str | Path, length: int = 1, field: str = "text"
+) -> Tokens:
+    """Write the ids of a source to files under `directory`, or find them there if they are whole and up to date.
+
+    Several documents are separated by eos. The text is split before it is encoded, so no token lies across the split.
+    The files get their names only when all are finished; of several processes one writes and the others wait for it.
+    Raises BadInput if either part is shorter than `length` tokens, BadLuck if the files cannot be written.
+    """
+    fingerprint, characters = survey(source, tokenizer, field)
+    home = Path(directory) / fingerprint[:16]
+    draft = home.with_name(f".{home.name}.tmp")
+    if not is_whole(home):
+        undone = (f"{home}: expected to write ids", "make room and start again")
+        lock = locked(home.with_name(f".{home.name}.lock"))
+        with one_line(*undone), lock, one_line(*undone, undo=lambda: discard(draft)):
+            if not is_whole(home):  # another process may have written it in the meantime
+                discard(draft)  # of a process that was killed
+                write_ids(source, tokenizer, draft, fingerprint, characters, field)
+                discard(home)  # a damaged one
+                os.rename(draft, home)
+                sync_directory(home.parent)
+    counts = json.loads((home / "counts.json").read_bytes())
+    for part in PARTS:
+        found = counts[part]["tokens"]
+        if found < length:
+            fix = "give more text or a shorter context"
+            raise BadInput(f"data: expected at least {length} tokens for {part}, got {found}; {fix}")
+    train, val = (np.memmap(home / f"{part}.bin", counts["dtype"], "r") for part in PARTS)
+    characters, size = (counts["val"][unit] / counts["val"]["tokens"] for unit in ("characters", "bytes"))
+    return Tokens(train, val, characters, size, fingerprint)
+
+
+def survey(source: Source, tokenizer: Tokenizer, field: str) -> tuple[str, int]:
+    """Return the SHA-256 of tokenizer and text, and the number of characters. Raises BadInput if there are none."""
+    digest = digest_of(tokenizer)
+    characters = sum(len(text) for _, text in pieces(source, field, digest, 0))
+    if not characters:
+        raise BadInput(f"data: expected some text, got none in {source}; give another file")
+    return digest.hexdigest(), characters
+
+
+def digest_of(tokenizer: Tokenizer) -> "hashlib._Hash":
+    """Begin a SHA-256 with everything about the tokenizer that decides the ids."""
+    return hashlib.sha256(f"{tokenizer.to_json()}{tokenizer.eos_id}".encode())
+
+
+def pieces(source: Source, field: str, digest: "hashlib._Hash", cut: int) -> Iterator[tuple[str, str]]:
+    """Yield the text as (part, text), the first `cut` characters for training; "" stands between two documents.
+
+    The text is also added to the digest, with a NUL after each document, since no text holds a NUL.
+    """
+    for number, document in enumerate(documents(source, field)):
+        if number:
+            yield "train" if cut > 0 else "val", ""
+        for chunk in document:
+            digest.update(chunk.encode())
+            for part, text in zip(PARTS, (chunk[:cut], chunk[cut:]), strict=True):
+                if text:
+                    yield part, text
+            cut = max(cut - len(chunk), 0)
+        digest.update(b"\0")
+
+
+def groups(stream: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Yield the same pieces in lists of about GROUP characters, however short the documents are."""
+    group, size = [], 0
+    for piece in stream:
+        group.append(piece)
+        size += len(piece[1]) + 1
+        if size >= GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def is_whole(home: Path) -> bool:
+    """Tell whether the ids are there and every file still has the SHA-256 it was written with."""
+    try:
+        return set(verify_manifest(home)) == FILES
+    except (BadInput, OSError):  # missing or damaged: they are written again
+        return False
+
+
+def write_ids(source: Source, tokenizer: Tokenizer, home: Path, fingerprint: str, characters: int, field: str) -> None:
+    """Write train.bin, val.bin, counts.json and a manifest, in one pass over the text."""
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    counts: dict = {part: dict.fromkeys(("tokens", "characters", "bytes"), 0) for part in PARTS}
+    digest, cut = digest_of(tokenizer), training_part(characters)
+    with ExitStack() as stack:
+        outputs = {part: stack.enter_context(replacing(home / f"{part}.bin")) for part in PARTS}
+        bar = stack.enter_context(tqdm(desc="tokenising", total=characters, **BAR))
+        for group in groups(pieces(source, field, digest, cut)):
+            rows = iter(tokenizer.encode_batch([text for _, text in group if text]))
+            for part, text in group:
+                if not text and tokenizer.eos_id is None:
+                    fix = "give one document"
+                    raise BadInput(f"tokenizer: expected an eos id to put between documents, got none; {fix}")
+                ids = next(rows) if text else [tokenizer.eos_id]
+                outputs[part].write(np.array(ids, dtype).tobytes())
+                for unit, n in (("tokens", len(ids)), ("characters", len(text)), ("bytes", len(text.encode()))):
+                    counts[part][unit] += n
+                bar.update(len(text))
+    if digest.hexdigest() != fingerprint:
+        raise BadInput(f"data: expected {source} to stay as it is while it is read, got another text; start again")
+    write_json(home / "counts.json", {**counts, "dtype": dtype})
+    write_manifest(home)
+
+
+def discard(directory: Path) -> None:
+    """Remove a directory if it is there."""
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for the lock of a file and hold it; the system takes it back when the process ends, even if killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        while not fcntl:
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+                break
+            except OSError as error:  # Windows gives up after ten seconds
+                if error.errno != errno.EDEADLK:
+                    raise
+        yield
+
+
+# ---- batches ----
+
+
+def check_length(tokens: np.ndarray, length: int) -> None:
+    """Raise BadInput unless a window of this length fits the tokens."""
+    if not 1 <= length <= len(tokens):
+        raise BadInput(f"length: expected 1 to the {len(tokens)} tokens there are, got {length}; give more text")
+
+
+def windows(tokens: np.ndarray, starts: Iterable[int], length: int) -> torch.Tensor:
+    """Cut a window at each start: (B,T) long."""
+    return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))
+
+
+def batches(tokens: np.ndarray, batch_size: int, length: int, seed: int, start: int = 0) -> Iterator[torch.Tensor]:
+    """Yield batches (B,T) long without end, from number `start` on. Batch n depends on the seed and on n alone.
+
+    An epoch cuts the text into N windows of T tokens side by side and takes each once, in random order. It starts at a
+    random phase, so the cuts lie elsewhere in every epoch; fewer than 2 T - 1 tokens at the two ends are left out.
+    Takes 16 bytes of memory per window.
+    """
+    check_length(tokens, length)
+    check_whole("seed", seed, 0)
+    n_windows = max(1, (len(tokens) - length + 1) // length)  # the same for every phase up to T - 1
+    epoch, taken = divmod(start * batch_size, n_windows)
+    starts = chain.from_iterable(epoch_of(tokens, n_windows, length, seed, number) for number in count(epoch))
+    starts = islice(starts, taken, None)
+    while True:
+        yield windows(tokens, islice(starts, batch_size), length)
+
+
+def epoch_of(tokens: np.ndarray, n_windows: int, length: int, seed: int, number: int) -> np.ndarray:
+    """Return where the windows of an epoch start, in the order they are taken: (N,)."""
+    rng = np.random.default_rng((seed, number))
+    phase = rng.integers(len(tokens) - n_windows * length, endpoint=True)
+    return phase + length * rng.permutation(n_windows)
+
+
+def validation_batch(tokens: np.ndarray, n: int, length: int) -> torch.Tensor:
+    """Return n evenly spaced windows, (n,T) long, always the same ones, so that two evaluations can be compared."""
+    check_length(tokens, length)
+    return windows(tokens, np.linspace(0, len(tokens) - length, n).astype(int), length)
