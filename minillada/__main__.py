@@ -1,4 +1,4 @@
-"""Run a command: `python -m minillada NAME …`; each is the `main` of the module that COMMANDS names."""
+"""Run a command, `python -m minillada NAME …`: call `main` of the module that COMMANDS names."""
 
 import sys
 from importlib import import_module

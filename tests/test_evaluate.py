@@ -9,12 +9,11 @@ import torch
 from oracles import Oracle, tiny_model
 
 import minillada
-from minillada.commands.ask import Talker
+from minillada.commands.evaluate import main
 from minillada.errors import BadInput
 from minillada.measure import evaluate
 from minillada.measure.evaluate import (
     encode_pair,
-
     mean_of,
     measure_choices,
     measure_infilling,
@@ -50,10 +49,6 @@ def knows(*lines: str) -> Oracle:
         return out
 
     return Oracle(CONFIG, logits)
-
-
-def talker(model) -> Talker:
-    return Talker(model, TOKENIZER, None, False, {})
 
 
 def test_a_mean_comes_with_its_standard_error():
@@ -136,7 +131,7 @@ def test_answers_are_counted_by_kind_and_gaps_are_filled_in_place():
     ]
     model = knows("Ada is tall.", "Ben is tall.", "Eve is old.")
     config = SampleConfig(gen_len=8, steps=8, block_len=8)
-    found, records = measure_task(talker(model), Task("toy", [], test, exact), config, batch_size=2)
+    found, records = measure_task(model, TOKENIZER, Task("toy", [], test, exact), config, batch_size=2)
     assert found["accuracy"] == 0.75 and found["n"] == 4
     assert found["kinds"]["as told"]["accuracy"] == pytest.approx(2 / 3)
     assert found["kinds"]["filling"]["accuracy"] == 1.0
@@ -152,7 +147,7 @@ def test_a_prompt_begins_a_line_as_in_the_text_learned_from():
         return torch.zeros(*tokens.shape, CONFIG.vocab_size)
 
     task = make_task("addition", 0, n_test=1)
-    measure_task(talker(Oracle(CONFIG, logits)), task, SampleConfig(gen_len=4, steps=4, block_len=4))
+    measure_task(Oracle(CONFIG, logits), TOKENIZER, task, SampleConfig(gen_len=4, steps=4, block_len=4))
     assert seen[0] == f"\n{task.test[0].prompt}"
 
 

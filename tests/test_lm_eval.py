@@ -199,8 +199,9 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "minillada.measure.lm_eval", raising=False)
     with pytest.raises(BadLuck, match=r"^lm_eval: expected the package, .* pip install 'minillada\[eval\]'"):
         importlib.import_module("minillada.measure.lm_eval")
+    monkeypatch.setattr(sys, "argv", ["minillada", "lm_eval"])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("minillada.measure.lm_eval", run_name="__main__")
+        runpy.run_module("minillada", run_name="__main__")
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("error: lm_eval: expected the package")
 
@@ -219,7 +220,7 @@ def test_the_questions_of_the_examples_are_those_that_the_script_makes():
 def test_the_harness_over_the_example_tasks_gives_our_own_numbers(directory, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     arguments = f"pretrained={directory},mc_num=4,stride=16"
-    command = [sys.executable, "-m", "minillada.measure.lm_eval", "run", "--model", "minillada"]
+    command = [sys.executable, "-m", "minillada", "lm_eval", "run", "--model", "minillada"]
     command += ["--model_args", arguments, "--device", "cpu", "--batch_size", "8", "--include_path", str(EXAMPLES)]
     command += [
         "--tasks",

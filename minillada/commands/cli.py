@@ -1,4 +1,4 @@
-"""What the scripts share: exit codes, the sampler's options, the choice of device, and saying things."""
+"""Hold what the scripts share: exit codes, error messages, the sampler's options, run directories, and Ctrl-C."""
 
 import argparse
 import io
@@ -12,6 +12,7 @@ from pathlib import Path
 from ..errors import BadInput, BadLuck, check_whole
 from ..model import ModelConfig
 from ..sampler import SampleConfig, method_of
+from ..strategies import Quota
 from ..text.tokenizer import display
 
 RUNS = Path("runs")
@@ -39,9 +40,9 @@ SWITCHES = {
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call main and exit: 0; 2 with one line for bad input or bad luck; 130 after Ctrl-C, 141 if nobody reads on."""
+    """Call main; exit with 2 and one line for bad input or bad luck, 130 after Ctrl-C, 141 if nobody reads stdout."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
-        if isinstance(stream, io.TextIOWrapper):  # what is no text in the terminal's encoding ends no program
+        if isinstance(stream, io.TextIOWrapper):  # text that the terminal's encoding lacks must not end the program
             stream.reconfigure(errors=errors)
     try:
         main()
@@ -60,18 +61,19 @@ def run(main: Callable[[], None]) -> None:
 
 
 def complain(reason: str) -> None:
-    """One line on stderr."""
+    """Print an error as one line on stderr."""
     sys.stdout.flush()
     print("error:", " ".join(display(reason).split()), file=sys.stderr)
 
 
 def fail(reason: str) -> None:
+    """Print an error as one line and exit with 2."""
     complain(reason)
     sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
-    """One line for a wrong option, as for every other bad input."""
+    """A parser that raises BadInput for a wrong option."""
 
     def __init__(self, description: str, examples: str) -> None:
         raw = argparse.RawDescriptionHelpFormatter
@@ -82,6 +84,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the options of SampleConfig to a parser."""
     group = parser.add_argument_group("how to decode")
     types = {field.name: field.type for field in fields(SampleConfig)}
     for name, text in SAMPLING.items():
@@ -92,14 +95,14 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def sample_config(args: argparse.Namespace, model: ModelConfig, prompt_len: int, **defaults: object) -> SampleConfig:
-    """The SampleConfig that was asked for; lengths not given are fitted to the prompt and to the model."""
+    """Return the SampleConfig that was asked for; lengths not given are fitted to prompt and model. Raises BadInput."""
     given = {name: getattr(args, name) for name in (*SAMPLING, *SWITCHES) if getattr(args, name) is not None}
     chosen = {**defaults, **given}
     for name in sorted({"gen_len", "block_len"} & chosen.keys()):
         check_whole(name, chosen[name], 1)
-    commit = chosen.get("commit", "quota")
-    if "remasking" not in given and not method_of(commit, chosen.get("revise", "none")).blind:  # it goes by confidence
-        chosen["remasking"] = "entropy" if commit.startswith("entropy-bound") else "low_confidence"
+    method = method_of(SampleConfig(**{name: chosen[name] for name in ("commit", "revise") if name in chosen}))
+    if "remasking" not in given and not isinstance(method, Quota):  # it goes by the score
+        chosen["remasking"] = "low_confidence"
     room = min(128, model.max_len - prompt_len)
     if room < 1:
         raise BadInput(f"prompt: expected fewer than {model.max_len} tokens, got {prompt_len}; shorten it")
@@ -108,12 +111,12 @@ def sample_config(args: argparse.Namespace, model: ModelConfig, prompt_len: int,
     chosen.setdefault("block_len", block if chosen["gen_len"] % block == 0 else chosen["gen_len"])
     chosen.setdefault("steps", chosen["gen_len"])
     check_whole("seed", args.seed, 0, 2**63 - 1)
-    check_whole("gen_len", chosen["gen_len"], 1, model.max_len - prompt_len, "that is what the model's length leaves")
+    check_whole("gen_len", chosen["gen_len"], 1, model.max_len - prompt_len, "the model's length leaves no more")
     return SampleConfig(**chosen)
 
 
 def newest_run() -> Path:
-    """The run directory under runs/ that was worked on last."""
+    """Return the run directory under runs/ that was written to last. Raises BadLuck."""
     found = [path.parent for path in RUNS.glob("*/run.json") if (path.parent / "checkpoints").is_dir()]
     if not found:
         raise BadLuck(f"run: expected a run directory under {RUNS}/, got none; train one with train_tiny.py")
@@ -121,7 +124,7 @@ def newest_run() -> Path:
 
 
 def fresh_run(name: str) -> Path:
-    """runs/NAME-1, or the first number that is free."""
+    """Return runs/NAME-1, or the first such name that is free."""
     number = 1
     while (RUNS / f"{name}-{number}").exists():
         number += 1
@@ -129,7 +132,7 @@ def fresh_run(name: str) -> Path:
 
 
 class Interrupted:
-    """After Ctrl-C or SIGTERM it is true, and code() the exit code; a second Ctrl-C kills."""
+    """A callable that is true after Ctrl-C or SIGTERM; a second Ctrl-C ends the program at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -144,9 +147,10 @@ class Interrupted:
         return self.signal is not None
 
     def code(self) -> int:
+        """Return the exit code: 0, 130 after Ctrl-C or 143 after SIGTERM."""
         return 128 + self.signal if self.signal else 0
 
 
 def quiet_pipe() -> None:
-    """Let `sample.py | head` end without a traceback."""
+    """Make `sample.py | head` end without a traceback."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

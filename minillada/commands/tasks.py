@@ -1,4 +1,4 @@
-"""Write a toy task: train.txt, train.jsonl and test.jsonl."""
+"""Write a toy task to train.txt, train.jsonl and test.jsonl."""
 
 from ..text.tasks import TASKS, make_task, write_task
 from .cli import Parser
@@ -11,6 +11,7 @@ EXAMPLES = """examples:
 
 
 def main() -> None:
+    """Read the options, make the task, write it and print the paths."""
     p = Parser(__doc__, EXAMPLES)
     p.add_argument("task", metavar="NAME", help=f"{', '.join(TASKS)}; some take a number, as addition:3")
     p.add_argument("--n", type=int, default=10_000, help="examples to train on (default: 10000)")

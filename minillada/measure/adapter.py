@@ -1,4 +1,4 @@
-"""What the adapters share: a model with its options, likelihoods of what fits it, answers up to a stop string."""
+"""Hold what the two harness adapters share: a model with its options, likelihoods, and answers up to a stop string."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -16,7 +16,7 @@ from .likelihood import Pair, Perplexity, confidence_scores, log_likelihoods, pe
 
 
 class Adapter:
-    """A model and how to ask it. Options have the names of LLaDA's official adapter to lm-evaluation-harness."""
+    """A model and how it is used. Options are named as in LLaDA's official adapter to lm-evaluation-harness."""
 
     in_chat = False  # an answer may also end where a turn does
 
@@ -30,8 +30,8 @@ class Adapter:
         block_length: int | None = None,  # gen_length unless given
         remasking: str = "low_confidence",
         scoring: str = "bound",  # of log-likelihoods; or confidence: see likelihood.confidence_scores
-        window: int | None = None,  # of a text without a context: tokens seen at a time, and
-        stride: int | None = None,  # predicted at a time: see likelihood.perplexity
+        window: int | None = None,  # for a text without a context: tokens seen at a time
+        stride: int | None = None,  # tokens predicted at a time: see likelihood.perplexity
         max_length: int | None = None,  # the model's unless given
         seed: int = 0,
         dtype: str | None = None,  # the checkpoint's unless given
@@ -56,7 +56,7 @@ class Adapter:
     # ---- likelihood
 
     def fit(self, before: list[int], after: list[int]) -> Pair:
-        """A context that is too long loses its beginning."""
+        """Return the pair; a context that is too long for the model loses its beginning."""
         return before[max(0, len(before) + len(after) - self.max_length) :], after
 
     def log_likelihoods(
@@ -65,13 +65,13 @@ class Adapter:
         check_greedy: bool = False,
         bar: Callable[[Sequence[Pair], str], Iterable[Pair]] = lambda pairs, title: pairs,
     ) -> tuple[Tensor, Tensor]:
-        """(N,) log p of each answer as `scoring` has it, in nats; (N,) bool: is it greedy? All false if none asks."""
+        """Return log p (N,) of each answer in nats, by `scoring`, and whether it is greedy (N,), False if not asked."""
         options = {"batch_size": self.batch_size, "cfg_scale": self.cfg}
         values, greedy = torch.zeros(len(pairs), dtype=torch.double), torch.zeros(len(pairs), dtype=torch.bool)
         if check_greedy or self.scoring == "confidence":
             values, greedy = confidence_scores(self.model, bar(pairs, "Confidence"), **options)
         if self.scoring == "bound":
-            # A single token is always masked: one evaluation tells all.
+            # The one token of a short answer is always masked, so one evaluation is exact.
             for single, n in ((True, 1), (False, self.mc_num)):
                 chosen = [i for i, (_, after) in enumerate(pairs) if (len(after) == 1) == single]
                 rows = bar([pairs[i] for i in chosen], "Likelihood")
@@ -79,14 +79,14 @@ class Adapter:
         return values, greedy
 
     def perplexity(self, text: str) -> Perplexity:
-        """Of a text that is predicted whole: nothing stands before it."""
+        """Return the perplexity of a whole text, with nothing before it."""
         options = {"n_samples": self.mc_num, "seed": self.seed, "batch_size": self.batch_size, "cfg_scale": self.cfg}
         return perplexity(self.model, text, self.tokenizer, self.window, self.stride, **options)
 
     # ---- generation
 
     def config_of(self, asked: dict) -> SampleConfig:
-        """How to decode: what the user says, then what the task says."""
+        """Return how to decode: the user's options come first, then what the task asks for. Raises BadInput."""
         chosen = {name: value for name, value in self.sampling.items() if value is not None}
         chosen.setdefault("gen_len", int(asked.get("max_gen_toks", 128)))
         check_whole("gen_length", chosen["gen_len"], 1, self.max_length - 1)
@@ -97,11 +97,12 @@ class Adapter:
         return SampleConfig(**chosen, cfg_scale=self.cfg, stop_ids=self.stop_ids())
 
     def stop_ids(self) -> tuple[int, ...]:
+        """Return the ids that end an answer."""
         ends = {self.model.config.eos_id, *(self.template.stop_ids if self.in_chat else ())}
         return tuple(sorted(ends - {None}))
 
     def write(self, prompts: Iterable[list[int]], config: SampleConfig, seed: int) -> list[str]:
-        """What follows each prompt, of which a too long one loses its beginning."""
+        """Return what the model writes after each prompt; a prompt that is too long loses its beginning."""
         room = self.max_length - config.gen_len
         written = generate(self.model, [prompt[-room:] for prompt in prompts], config, seed)
         return [self.tokenizer.decode(row) for row in written]
@@ -110,10 +111,11 @@ class Adapter:
 
     @cached_property
     def template(self) -> ChatTemplate:
+        """The chat template of the model's directory."""
         return ChatTemplate.load(self.directory, self.tokenizer)
 
 
 def cut(text: str, until: str | Sequence[str] | None) -> str:
-    """The text before the first of the strings that end it."""
+    """Return the text before the first of the strings that end it."""
     ends = [until] if isinstance(until, str) else until or []
     return text[: min((at for end in ends if end and (at := text.find(end)) >= 0), default=len(text))]

@@ -1,4 +1,4 @@
-"""What an evaluation of the model costs, counted and not measured."""
+"""Count what an evaluation of the model costs."""
 
 from ..model import LLaDA, MoE
 

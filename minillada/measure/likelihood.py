@@ -1,8 +1,7 @@
-"""Likelihoods made of the bound: of many (prompt, answer) pairs, of a long text, and exactly, of a short answer.
+"""Bound the likelihood of many (prompt, answer) pairs, of a long text, or, without sampling, of a short answer.
 
-All are bounds: what is said of -log p is at least it. `confidence_scores` is none; it ranks the options of a question.
-
-Shapes: N pairs, B rows of a batch, T sequence, V vocabulary.
+Every figure is an upper bound of -log p, or an estimate of one; only `confidence_scores`, which ranks the options of a
+question, is not. Shapes: N pairs, B rows of a batch, T sequence, L answer, V vocabulary.
 """
 
 import math
@@ -24,18 +23,20 @@ Pair = tuple[Sequence[int], Sequence[int]]  # prompt, answer
 
 
 def check_pair(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> None:
+    """Raise BadInput for an empty answer, a pair that is too long for the model, or an id that it does not have."""
     c = model.config
     if len(answer) == 0:
-        raise BadInput("answer: expected at least one token, got none; a likelihood needs something to predict")
+        raise BadInput("answer: expected at least one token, got none; give an answer")
     if len(prompt) + len(answer) > c.max_len:
-        raise BadInput(f"prompt + answer: expected at most {c.max_len} tokens, got {len(prompt) + len(answer)}; cut it")
+        length = len(prompt) + len(answer)
+        raise BadInput(f"prompt + answer: expected at most {c.max_len} tokens, got {length}; cut them")
     for token in (*prompt, *answer):
         if not 0 <= token < c.vocab_size or token == c.mask_id:
             raise BadInput(f"token: expected 0 to {c.vocab_size - 1} and not the mask, got {token}; use its tokenizer")
 
 
 def towards(given: Tensor, model: nn.Module, cfg_scale: float) -> Callable[..., Tensor]:
-    """Return the model, guided towards the given tokens (B,T) unless the scale is 0. Its bound is the guided model's."""
+    """Return the model, guided towards the given tokens (B,T) unless the scale is 0. Its bound is that model's."""
     if not cfg_scale:
         return model
     guided, rows = Guided(Whole(model), cfg_scale, given), torch.arange(len(given), device=given.device)
@@ -43,12 +44,12 @@ def towards(given: Tensor, model: nn.Module, cfg_scale: float) -> Callable[..., 
 
 
 def attention(valid: Tensor) -> Tensor | None:
-    """(B,T) bool -> the attn_mask that hides padding, None if there is none."""
+    """Return the attn_mask (B,1,1,T) that hides what is not valid (B,T), or None if everything is valid."""
     return None if valid.all() else valid[:, None, None, :]
 
 
 def noised_rows(model: nn.Module, pairs: Iterable[Pair], n_samples: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
-    """Every pair n_samples times: (x0, given, xt, masked, weight), counts of masks in equal strata."""
+    """Yield every pair n_samples times as (x0, given, xt, masked, weight); the numbers of masks are stratified."""
     rng = Generator().manual_seed(seed)
     for prompt, answer in pairs:
         check_pair(model, prompt, answer)
@@ -59,10 +60,10 @@ def noised_rows(model: nn.Module, pairs: Iterable[Pair], n_samples: int, seed: i
 
 
 def standard_error(samples: Tensor) -> Tensor:
-    """Of the means of samples (N,n), each column one of n strata in their order; NaN for one sample.
+    """Return the standard errors (N,) of the means of samples (N,n), whose columns are strata in order; NaN if n = 1.
 
-    Neighbours differ in little but chance, so their squared differences show the variance within strata, which is all
-    that the mean of stratified samples has: the variance over all samples would overstate it.
+    The mean of stratified samples varies only by the variance within the strata. Neighbouring strata have nearly the
+    same mean, so the squared differences of neighbours show it; the variance over all samples would be too large.
     """
     n = samples.shape[1]
     return (samples.diff(dim=1).square().sum(1) / (2 * n * (n - 1))).sqrt() if n > 1 else samples[:, 0] * torch.nan
@@ -77,11 +78,11 @@ def log_likelihoods(
     batch_size: int = 32,
     cfg_scale: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Monte-Carlo estimates of the lower bound of log p(answer | prompt), in nats, for unequal (prompt, answer) pairs.
+    """Estimate the lower bound of log p(answer | prompt) in nats for unequal (prompt, answer) pairs.
 
-    Returns the estimates and their standard errors, (N,) each. The prompt is never masked, but by guidance, whose other
-    half sees none of it. LLaDA, eq. 14 and algorithm 3; the official code rounds counts so that some come twice and
-    others never, these do not.
+    Returns the estimates and their standard errors, (N,) each. n_samples: masks for each pair. The prompt is never
+    masked; only guidance also evaluates the model without it. LLaDA, eq. 14 and algorithm 3. The official code rounds
+    the numbers of masks so that some come twice and others never; here each comes equally often. Raises BadInput.
     """
     check_whole("n_samples", n_samples, 1)
     check_number("cfg_scale", cfg_scale)
@@ -105,7 +106,7 @@ def log_likelihood(
     seed: int = 0,
     cfg_scale: float = 0.0,
 ) -> float:
-    """`log_likelihoods` of one pair: a float <= 0, in nats."""
+    """Return the estimate of `log_likelihoods` for one pair: a float <= 0, in nats."""
     return log_likelihoods(model, [(prompt, answer)], n_samples, seed, cfg_scale=cfg_scale)[0].item()
 
 
@@ -113,9 +114,9 @@ def log_likelihood(
 def exact_bound(
     model: nn.Module, prompt: Sequence[int], answer: Sequence[int], batch_size: int = 256, cfg_scale: float = 0.0
 ) -> float:
-    """The upper bound of -log p(answer | prompt) in nats, every mask enumerated: no sampling error, 2^L - 1 rows.
+    """Compute the upper bound of -log p(answer | prompt) in nats without sampling, from all 2^L - 1 masks (L <= 16).
 
-    sum over the non-empty sets S of masked positions of CE(S) / (|S| * C(L, |S|)); L is limited to 16.
+    It is the sum of CE(S) / (|S| * C(L, |S|)) over the non-empty sets S of masked positions. Raises BadInput.
     """
     check_pair(model, prompt, answer)
     length = len(answer)
@@ -136,19 +137,19 @@ def exact_bound(
 
 
 class Perplexity(NamedTuple):
-    """What a text costs: an upper bound of -log p, so every figure made of it is one too."""
+    """An upper bound of a text's -log p; every figure derived from it is an upper bound too."""
 
     nats: float  # of the whole text
-    standard_error: float  # of that; NaN for one sample a part
+    standard_error: float  # of the nats; NaN with one sample for each part
     tokens: int
     characters: int | None  # None for a text given as tokens
     bytes: int | None  # of UTF-8
-    window: int  # tokens seen at a time, and
+    window: int  # tokens seen at a time
     stride: int  # how many of them were predicted
 
     @property
     def perplexity(self) -> float:
-        """Per token."""
+        """exp(nats per token)."""
         return math.exp(self.nats / self.tokens)
 
     @property
@@ -161,9 +162,10 @@ class Perplexity(NamedTuple):
 
 
 def strides(tokens: Sequence[int], window: int, stride: int) -> list[Pair]:
-    """The text in parts of `stride` tokens, each after as much of what stands before it as the window has room for.
+    """Cut a text into (context, part) with `stride` tokens in a part and as much context as the window has room for.
 
-    Every token is predicted once: by the chain rule over parts the sum of their bounds is a bound for the text.
+    Every token is predicted once. By the chain rule over the parts, the sum of their bounds is a bound for the text.
+    8 tokens, window 4, stride 2 -> ([], 01), (01, 23), (23, 45), (45, 67).
     """
     starts = range(0, len(tokens), stride)
     return [(tokens[max(0, at + stride - window) : at], tokens[at : at + stride]) for at in starts]
@@ -181,11 +183,10 @@ def perplexity(
     cfg_scale: float = 0.0,
     progress: Callable[[list[Pair]], Iterable[Pair]] = iter,
 ) -> Perplexity:
-    """The bound of a text of any length, in `strides`; nothing is put before or after it.
+    """Bound -log p of a text of any length, part by part (see `strides`); no token is put before or after it.
 
-    window: tokens in one evaluation, the model's max_len unless given; stride: those of them that are predicted, half a
-    window unless given. A text that fits one stride is predicted in one piece. progress: wraps the parts (tqdm).
-    Raises BadInput.
+    window: tokens in one evaluation (default: the model's max_len). stride: those of them that are predicted (default:
+    half a window). progress: wraps the parts, like tqdm. Raises BadInput.
     """
     if isinstance(text, str) and tokenizer is None:
         raise BadInput("text: expected a tokenizer with it, or tokens, got neither; give the model's tokenizer")
@@ -205,15 +206,15 @@ def perplexity(
 def confidence_scores(
     model: nn.Module, pairs: Iterable[Pair], batch_size: int = 32, cfg_scale: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """How surely each answer is written: its tokens are filled in one at a time, always where the model is surest of
-    the answer's own, and the log-probabilities at those moments are added up. L evaluations, no sampling.
+    """Score answers by filling their tokens in one at a time: L evaluations and no sampling.
 
-    Returns the scores (N,), to rank the options of a question by, and greedy (N,) bool: is the answer what
-    low-confidence remasking at temperature 0 would write, a token per step in one window?
+    Each step fills the hole where the model gives the answer's own token the highest log-probability, and adds that to
+    the score. Returns the scores (N,), to rank the options of a question by, and greedy (N,) bool: whether
+    low-confidence remasking at temperature 0, a token per step in one window, would write the answer.
 
-    It is the log-likelihood along one order, chosen with the answer in view, so over all answers it sums to more than
-    one: no bound. iLLaDA (arXiv:2606.25331) has a "confidence-based scoring" for multiple choice whose code is not
-    public; this is our reading of the name.
+    A score is the log-likelihood along one order that is chosen with the answer in view. Over all answers these add up
+    to more than one, so it is no bound. iLLaDA (arXiv:2606.25331) has a "confidence-based scoring" for multiple choice
+    whose code is not public; this is our reading of the name.
     """
     c, device, pairs = model.config, next(model.parameters()).device, iter(pairs)
     scores, greedy = [torch.empty(0, dtype=torch.double)], [torch.empty(0, dtype=torch.bool)]

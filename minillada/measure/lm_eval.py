@@ -1,10 +1,10 @@
-"""lm-evaluation-harness (0.4.13) over any model that `minillada.load` reads.
+"""Run lm-evaluation-harness (0.4.13) over any model that `minillada.load` reads.
 
     python -m minillada lm_eval run --model minillada --model_args pretrained=RUN_OR_ID,mc_num=128
         --include_path examples/lm_eval --tasks toy_choices,toy_text,toy_sums
 
-This is the harness's own command, which knows no models but its own, with ours added. Options have the names of LLaDA's
-official adapter. Log-likelihoods are bounds from below, so perplexities are bounds from above.
+This is the harness's own command with our model added to those that it knows. Options are named as in LLaDA's official
+adapter. Log-likelihoods are lower bounds, so perplexities are upper bounds.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,48 +28,49 @@ from .likelihood import Pair
 
 @register_model("minillada")
 class MiniLLaDA(Adapter, LM):
-    """A model as the harness sees one."""
+    """A model with the methods that the harness calls."""
 
     def __init__(
         self,
         pretrained: str,
-        is_check_greedy: bool = True,  # else the harness is told that no answer is the greedy one
+        is_check_greedy: bool = True,  # False saves time and tells the harness that no answer is greedy
         batch_size: int | str = 32,
-        max_batch_size: int | None = None,  # of no use: the batch size is given
+        max_batch_size: int | None = None,  # the harness gives it; it is not used
         **options,  # of the Adapter
     ) -> None:
         LM.__init__(self)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise BadInput(f"batch_size: expected a whole number >= 1, got {batch_size!r}; auto is not known here")
+            raise BadInput(f"batch_size: expected a whole number >= 1, got {batch_size!r}; give a number, not auto")
         Adapter.__init__(self, pretrained, batch_size=int(batch_size), **options)
         self.is_check_greedy = is_check_greedy
-        self.chats: dict[str, list[int]] = {}  # what a chat looks like as a text -> what it is
+        self.chats: dict[str, list[int]] = {}  # text of a chat -> its ids
 
     # ---- likelihood
 
     def pair(self, context: str, continuation: str) -> Pair:
+        """Return the ids of a context and a continuation that fit the model."""
         if context in self.chats:
             return self.fit(self.chats[context], self.tokenizer.encode(continuation))
         return self.fit(*encode_pair(self.tokenizer, context, continuation))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log p(continuation | context), is it what greedy decoding would write) of every request."""
+        """Return (log p(continuation | context), whether greedy decoding would write it) for every request."""
         pairs = [self.pair(*request.args) for request in requests]
         values, greedy = self.log_likelihoods(pairs, self.is_check_greedy, partial(bar, disable=disable_tqdm))
         results = list(zip(values.tolist(), greedy.tolist(), strict=True))
         return self.remember("loglikelihood", requests, results)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p of every text, which is predicted whole: nothing stands before it."""
+        """Return log p of every whole text, with nothing before it."""
         texts = bar([request.args[0] for request in requests], "Perplexity", disable_tqdm)
         return self.remember("loglikelihood_rolling", requests, [-self.perplexity(text).nats for text in texts])
 
     # ---- generation
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What is written after each context, up to the first of the task's stop strings."""
+        """Return what the model writes after each context, up to the first of the task's stop strings."""
         answers, groups = [""] * len(requests), {}
-        for i, request in enumerate(requests):  # one batch has one way to decode
+        for i, request in enumerate(requests):  # all rows of a batch are decoded in the same way
             groups.setdefault(self.config_of(request.args[1]), []).append(i)
         batches = [
             (config, group[first : first + self.batch_size])
@@ -83,12 +84,13 @@ class MiniLLaDA(Adapter, LM):
         return self.remember("generate_until", requests, answers)
 
     def encode(self, context: str) -> list[int]:
+        """Return the ids of a context, which may be a chat."""
         return self.chats[context] if context in self.chats else self.tokenizer.encode(context)
 
     # ---- chat
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The chat as a text. Its ids are kept beside it, for in the text nothing tells a marker from its imitation."""
+        """Return the chat as a text, and remember its ids: the text does not tell a marker from a typed imitation."""
         if not add_generation_prompt:
             raise BadInput("chat: expected an answer to be asked for, got one to be continued; use another gen_prefix")
         ids = self.template.encode_chat(chat_history)
@@ -98,21 +100,25 @@ class MiniLLaDA(Adapter, LM):
 
     @property
     def tokenizer_name(self) -> str:
+        """The name under which the harness caches requests."""
         return str(self.name)
 
     # ---- the harness's cache
 
     def remember(self, kind: str, requests: Sequence[Instance], results: list) -> list:
+        """Put the results into the harness's cache and return them."""
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial(kind, request.args, result)
         return results
 
 
 def bar(rows: Sequence, what: str, disable: bool) -> Iterable:
+    """Return the rows, with a progress bar on a terminal."""
     return tqdm(rows, desc=what, disable=disable or not rows or None)
 
 
 def main() -> None:
+    """Run the harness's own command line."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

@@ -1,7 +1,7 @@
-"""OpenCompass (0.5.4) over any model that `minillada.load` reads: `opencompass examples/opencompass/toy.py`.
+"""Run OpenCompass (0.5.4) over any model that `minillada.load` reads: `opencompass examples/opencompass/toy.py`.
 
-`MiniLLaDA` is the type of a model in its configs, `Choices` that of a data set. What it calls a perplexity is the mean
-of -log p over tokens, in nats; here that is a bound from above.
+In its configs `MiniLLaDA` is the type of a model and `Choices` that of a data set. OpenCompass calls the mean of -log p
+over tokens, in nats, a perplexity; here it is an upper bound.
 """
 
 from collections.abc import Sequence
@@ -26,18 +26,18 @@ from .adapter import Adapter, cut
 from .evaluate import encode_pair, read_choices
 from .likelihood import Pair
 
-ROLES = {"HUMAN": "user", "SYSTEM": "system", "BOT": "assistant"}  # OpenCompass's and those of a chat template
+ROLES = {"HUMAN": "user", "SYSTEM": "system", "BOT": "assistant"}  # OpenCompass's -> those of a chat template
 CHAT = {
     "round": [{"role": "HUMAN", "api_role": "HUMAN"}, {"role": "BOT", "api_role": "BOT", "generate": True}],
     "reserved_roles": [{"role": "SYSTEM", "api_role": "SYSTEM"}],
 }
 DRAWING = ("do_sample", "temperature", "top_k", "top_p")
 Template = str | list  # a prompt in OpenCompass's terms
-Prompt = str | list[dict[str, str]]  # what its parser makes of that: a text, in a chat rounds of role and prompt
+Prompt = str | list[dict[str, str]]  # what its parser makes of a template: a text, or the rounds of a chat
 
 
 class MiniLLaDA(Adapter, BaseModel):
-    """A model as OpenCompass sees one, which keeps `batch_size` and `max_out_len` of a config to itself."""
+    """A model with the methods that OpenCompass calls. OpenCompass keeps `batch_size` and `max_out_len` to itself."""
 
     def __init__(
         self,
@@ -45,9 +45,9 @@ class MiniLLaDA(Adapter, BaseModel):
         max_seq_len: int | None = None,  # the model's unless given
         meta_template: dict | None = None,
         generation_kwargs: dict | None = None,  # how to draw: DRAWING
-        stop_words: Sequence[str] = (),  # beside those of the task
-        chat: bool = False,  # the model's chat template in place of a meta template of strings
-        rows: int = 32,  # of one evaluation; batch_size is how many texts come at a time
+        stop_words: Sequence[str] = (),  # in addition to those of the task
+        chat: bool = False,  # use the model's chat template instead of a meta template of strings
+        rows: int = 32,  # of one evaluation of the model; batch_size is how many texts come at a time
         **options,  # of the Adapter
     ) -> None:
         Adapter.__init__(self, path, max_length=max_seq_len, batch_size=rows, **options)
@@ -56,23 +56,28 @@ class MiniLLaDA(Adapter, BaseModel):
         self.in_chat, self.stop_words, self.seeds = chat, list(stop_words), count(self.seed)
 
     def encode(self, prompt: Prompt) -> list[int]:
+        """Return the ids of a text or of a chat."""
         return self.template.encode_chat(messages(prompt)) if self.in_chat else self.tokenizer.encode(prompt)
 
     def get_token_len(self, prompt: Prompt) -> int:
+        """Return the number of tokens of a prompt."""
         return len(self.encode(prompt))
 
     # ---- likelihood
 
     def get_ppl_from_template(self, templates: list[Template], mask_length: list[int] | None = None) -> np.ndarray:
-        """Nats per token (N,). Where the meta template says which role is generated, what that role says last is
-        predicted and all before it is given; otherwise the whole text is predicted."""
+        """Return nats per token (N,).
+
+        If the meta template says which role is generated, that role's last words are predicted and all before them is
+        given; otherwise the whole text is predicted.
+        """
         whole, given = (self.parse_template(templates, mode=mode) for mode in ("ppl", "gen"))
         if mask_length is not None or whole == given:
             return self.get_ppl(whole, mask_length)
         return self.per_token([self.pair(*prompts) for prompts in zip(given, whole, strict=True)])
 
     def get_ppl(self, inputs: list[str], mask_length: list[int] | None = None) -> np.ndarray:
-        """Nats per token (N,) of whole texts, or of what follows the first mask_length[i] tokens of each."""
+        """Return nats per token (N,) of whole texts, or of what follows the first mask_length[i] tokens of each."""
         if self.in_chat:
             raise BadInput("chat: expected an answer to predict, got none; let a role of the template generate")
         if mask_length is None:
@@ -82,20 +87,22 @@ class MiniLLaDA(Adapter, BaseModel):
         return self.per_token([self.fit(ids[:given], ids[given:]) for ids, given in rows])
 
     def get_loglikelihood(self, inputs: list[str], conts: list[str]) -> np.ndarray:
-        """log p (N,) in nats of the end of each text, given what stands before it."""
+        """Return log p (N,) in nats of the end of each text, given what stands before it. Raises BadInput."""
         pairs = []
         for text, end in zip(inputs, conts, strict=True):
             if not end or not text.endswith(end):
-                raise BadInput(f"cont: expected the end of the prompt, got {end!r}; mend the data set or its template")
+                raise BadInput(f"cont: expected the end of the prompt, got {end!r}; let the template end with it")
             pairs.append(self.pair(text.removesuffix(end), text))
         return self.log_likelihoods(pairs)[0].numpy()
 
     def pair(self, given: Prompt, whole: Prompt) -> Pair:
+        """Return the ids of what is given and of what follows it in the whole prompt."""
         if not self.in_chat:
             return self.fit(*encode_pair(self.tokenizer, given, whole[len(given) :]))
         return self.fit(self.encode(given), self.tokenizer.encode(whole[-1]["prompt"]))
 
     def per_token(self, pairs: list[Pair]) -> np.ndarray:
+        """Return the nats per token (N,) of each answer."""
         return -self.log_likelihoods(pairs)[0].numpy() / [len(after) for _, after in pairs]
 
     # ---- generation
@@ -103,7 +110,7 @@ class MiniLLaDA(Adapter, BaseModel):
     def generate(
         self, inputs: list[Prompt], max_out_len: int, stopping_criteria: Sequence[str] = (), **drawing
     ) -> list[str]:
-        """What is written after each prompt, up to the first stop string. Every call draws anew."""
+        """Return what the model writes after each prompt, up to the first stop string; every call has another seed."""
         asked = {**self.generation_kwargs, **drawing}
         for name in asked:
             check_one_of("generation_kwargs", name, DRAWING)
@@ -113,7 +120,7 @@ class MiniLLaDA(Adapter, BaseModel):
 
 
 def messages(prompt: Prompt) -> list[Message]:
-    """The rounds of a prompt as a chat template has them; neighbours of one role are one message."""
+    """Return the rounds of a prompt as messages; neighbouring rounds of one role become one message."""
     rounds = [{"role": "HUMAN", "prompt": prompt}] if isinstance(prompt, str) else [r for r in prompt if r["prompt"]]
     return [
         {"role": ROLES[role], "content": "\n".join(r["prompt"] for r in same)}
@@ -122,10 +129,11 @@ def messages(prompt: Prompt) -> list[Message]:
 
 
 class Choices(BaseDataset):
-    """Questions as `minillada evaluate --choices` reads them; the options are also columns: option0, option1, ..."""
+    """Questions in the format of `python -m minillada evaluate --choices`."""
 
     @staticmethod
     def load(path: str) -> Dataset:
+        """Read the questions; each option is also a column of its own: option0, option1, … Raises BadInput."""
         items = read_choices(Path(path))
         if len({len(item["options"]) for item in items}) > 1:
             raise BadInput(f"{path}: expected as many options in every line, got different numbers; use several files")

@@ -1,9 +1,9 @@
-"""The autoregressive twin: the same Transformer with a causal mask and next-token loss, to hold diffusion against.
+"""Train and use the same Transformer as an autoregressive model (causal mask, next-token loss), for comparison.
 
-It reads [MASK] as its beginning-of-text, in front of every sequence, and has no other use for it: so it predicts all T
-tokens of a row, as the bound of diffusion.py does, and its nats are exact where that one's are an upper bound.
+[MASK] stands in front of every sequence as its beginning of text. So all T tokens of a row are predicted, as in the
+bound of diffusion.py; that bound is an upper bound, while the nats here are exact. Training differs in the loss alone:
 
-    model = LLaDA(config); loss = twin_loss(model, x0); loss.backward()     training is else the same
+    model = LLaDA(config); loss = twin_loss(model, x0); loss.backward()
 
 Shapes: B batch, T sequence, N pairs, V vocabulary.
 """
@@ -22,32 +22,32 @@ from .likelihood import Pair, check_pair
 
 
 def causal(length: int, device: torch.device | str | None = None) -> Tensor:
-    """(T,T) bool: who may look at whom, itself and what stands before it."""
+    """Return (T,T) bool: each position may look at itself and at those before it."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
 def twin_nll(model: nn.Module, x0: Tensor) -> Tensor:
-    """-log p(x0_i | x0_<i) in nats of every token of x0 (B,T)."""
+    """Return -log p(x0_i | x0_<i) in nats for every token of x0 (B,T)."""
     before = F.pad(x0[:, :-1], (1, 0), value=model.config.mask_id)
     logits = model(before, attn_mask=causal(x0.shape[1], x0.device))
     return F.cross_entropy(logits.float().transpose(1, 2), x0, reduction="none")
 
 
 def twin_loss(model: nn.Module, x0: Tensor) -> Tensor:
-    """Nats per token, what `pretraining_loss` is to diffusion."""
+    """Return the training loss in nats per token, a scalar."""
     return twin_nll(model, x0).mean()
 
 
 @torch.no_grad()
 def twin_log_likelihoods(model: nn.Module, pairs: Sequence[Pair], batch_size: int = 32) -> Tensor:
-    """log p(answer | prompt) in nats of unequal (prompt, answer) pairs, exact: (N,)."""
+    """Return the exact log p(answer | prompt) in nats of unequal (prompt, answer) pairs, (N,)."""
     device, values = next(model.parameters()).device, []
     for first in range(0, len(pairs), batch_size):
         batch = pairs[first : first + batch_size]
         for pair in batch:
             check_pair(model, *pair)
         x0 = pad_sequence([torch.tensor([*prompt, *answer]) for prompt, answer in batch], True).to(device)
-        nats = twin_nll(model, x0).cpu().double()  # what pads a row stands behind it, where nobody looks
+        nats = twin_nll(model, x0).cpu().double()  # padding stands behind a row, where no token looks
         values += [-row[len(p) : len(p) + len(a)].sum().item() for row, (p, a) in zip(nats, batch, strict=True)]
     return torch.tensor(values)
 
@@ -61,20 +61,20 @@ def twin_generate(
     seed: int = 0,
     stop_ids: Sequence[int] = (),
 ) -> list[list[int]]:
-    """The gen_len tokens after each of several unequal prompts, cut before the first stop id.
+    """Generate gen_len tokens after each of several unequal prompts; cut each answer before its first stop id.
 
-    Keys and values are kept, which is exact here: what stands before a token never changes.
+    Keys and values are cached. That is exact here, because what stands before a token never changes.
     """
     c, device = model.config, next(model.parameters()).device
     longest = max(map(len, prompts), default=0)
     if not prompts or longest + gen_len > c.max_len:
-        raise BadInput(f"prompts: expected some with room for {gen_len} tokens in {c.max_len}, got {longest}; shorten")
+        raise BadInput(f"prompts: expected room for {gen_len} tokens in {c.max_len}, got {longest}; shorten them")
     x = torch.full((len(prompts), longest + gen_len), c.mask_id, device=device)  # x[:, i] is read to write x[:, i + 1]
     for row, prompt in zip(x, prompts, strict=True):
         row[longest + 1 - len(prompt) : longest + 1] = torch.tensor(prompt, dtype=torch.long)
     start = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     columns = torch.arange(x.shape[1], device=device)
-    valid = columns >= start[:, None]  # (B,T): padding stands on the left, and sees itself lest nothing be seen
+    valid = columns >= start[:, None]  # (B,T): padding stands on the left; it sees itself, else its row would be NaN
     attn_mask = causal(x.shape[1], device) & (valid[:, None] | torch.eye(x.shape[1], dtype=torch.bool, device=device))
     rng = Generator(device if device.type == "cuda" else "cpu").manual_seed(seed)
     banned = torch.tensor([c.mask_id, *range(c.vocab_size, c.embedding_size)], device=device)
