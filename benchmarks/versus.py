@@ -29,9 +29,8 @@ from likelihood import ESTIMATORS, estimates
 from likelihood import SIZES as SAMPLES
 from torch import Generator, Tensor, nn
 
-from minillada.commands.ask import Talker
 from minillada.commands.cli import Parser, run
-from minillada.diffusion import Noised, exact_count, random_length, sample_t
+from minillada.diffusion import Noised, exact_count, pretraining_loss, random_length, sample_t
 from minillada.errors import BadInput, check_number, check_one_of, check_whole
 from minillada.files import write_json
 from minillada.measure.evaluate import answer_length, mean_of, measure_task
@@ -39,15 +38,16 @@ from minillada.measure.likelihood import Pair, exact_bound, log_likelihoods, str
 from minillada.measure.twin import causal, twin_generate, twin_log_likelihoods
 from minillada.model import LLaDA
 from minillada.sampler import SampleConfig
-from minillada.text.ids import Tokens, batches, cache_dir, make_tokenizer, tokenise
+from minillada.text.corpora import cache_dir, make_tokenizer
+from minillada.text.ids import Tokens, batches, tokenise
 from minillada.text.tales import TALE, entropy_per_character, expected_length, tales
 from minillada.text.tasks import TASKS, Example, Task, make_task
 from minillada.text.tokenizer import Tokenizer
+from minillada.train import Ways, learn
 from minillada.training.config import PRESETS, TrainConfig
-from minillada.training.optim import choose_precision, make_optimizers, set_rate
-from minillada.training.run import update
+from minillada.training.optim import choose_precision, evaluation, make_optimizers
+from minillada.training.run import make_model
 from minillada.training.sft import stack
-from minillada.training.state import make_model
 from minillada.weights.checkpoint import load, save
 
 LOOKS = 25  # at the held-out text while a model learns
@@ -65,8 +65,8 @@ class Causal(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, attn_mask: None = None, keep: Tensor | None = None) -> Tensor:
-        return self.model(x, causal(x.shape[1], x.device), keep=keep)
+    def forward(self, x: Tensor, attn_mask: None = None, where: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        return self.model(x, causal(x.shape[1], x.device), where=where)
 
 
 def hide(x0: Tensor, mask_id: int, rng: Generator, maskable: Tensor | None = None) -> Noised:
@@ -100,21 +100,37 @@ class Way(NamedTuple):
 WAYS = {"diffusion": Way(lambda model: model, hide, bound), "twin": Way(Causal, shift, exact)}
 
 
-def learn(model: LLaDA, way: Way, rows: Rows, config: TrainConfig, look: Callable[[], float] | None = None) -> dict:
-    """Train for the config's minutes, or steps; the record, with the curve [[seconds, step, look()], ...]."""
-    optimizers, rng, called = make_optimizers(model, config), Generator().manual_seed(config.seed), way.called(model)
-    seconds, step, tokens, progress, curve = 0.0, 0, 0, 0.0, []
-    while progress < 1:
+class Learning:
+    """What a way learns from rows, as `train.learn` asks for it."""
+
+    def __init__(self, way: Way, rows: Rows, mask_id: int, config: TrainConfig) -> None:
+        self.way, self.rows, self.mask_id, self.config, self.numbers = way, rows, mask_id, config, {}
+
+    def batches(self, start: int) -> Rows:
+        return self.rows
+
+    def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor | None], rng: Generator) -> Iterator[Tensor]:
+        x0, maskable = batch
+        self.numbers = {"tokens": x0.numel()}
+        with evaluation(self.config):
+            yield pretraining_loss(model, x0, self.way.noise(x0, self.mask_id, rng, maskable))
+
+
+def train(model: LLaDA, way: Way, rows: Rows, config: TrainConfig, look: Callable[[], float] | None = None) -> dict:
+    """Train for the config's minutes, or steps; return the record, with the curve [[seconds, step, look()], ...]."""
+    seconds, tokens, curve = 0.0, 0, []
+    part = lambda step: seconds / 60 / config.minutes if config.minutes else step / config.steps
+    ways = Ways(progress=lambda step: part(step - 1))
+    objective, rng = Learning(way, rows, model.config.mask_id, config), Generator().manual_seed(config.seed)
+    start = clock()
+    for done in learn(way.called(model), make_optimizers(model, config), objective, config, rng, ways=ways):
+        seconds, tokens = seconds + clock() - start, tokens + done.numbers["tokens"]
+        if look and part(done.step) * LOOKS >= len(curve) + 1:
+            curve.append([round(seconds, 2), done.step, round(look(), 4)])
+        if part(done.step) >= 1:
+            break
         start = clock()
-        set_rate(optimizers, config, progress)
-        x0, maskable = next(rows)
-        noised = way.noise(x0, model.config.mask_id, rng, maskable)
-        update(called, optimizers, x0, noised, config, config.precision)
-        seconds, step, tokens = seconds + clock() - start, step + 1, tokens + x0.numel()
-        progress = seconds / 60 / config.minutes if config.minutes else step / config.steps
-        if look and progress * LOOKS >= len(curve) + 1:
-            curve.append([round(seconds, 2), step, round(look(), 4)])
-    return {"seconds": round(seconds, 2), "steps": step, "tokens": tokens, "curve": curve}
+    return {"seconds": round(seconds, 2), "steps": done.step, "tokens": tokens, "curve": curve}
 
 
 def learned(
@@ -124,7 +140,7 @@ def learned(
     record = out / f"{name}.json"
     if not record.exists():
         model = make_model(config, tokenizer, Generator().manual_seed(config.seed))
-        found = learn(model, WAYS[way], rows(), config, look and (lambda: look(way, model)))
+        found = train(model, WAYS[way], rows(), config, look and (lambda: look(way, model)))
         blocks = sum(p.numel() for p in model.layers.parameters())
         about = {"parameters": model.n_parameters(), "in_blocks": blocks, "threads": torch.get_num_threads()}
         save(model, out / name, tokenizer)
@@ -139,7 +155,7 @@ def learned(
 # ---- results and pictures
 
 
-def keep(args: Namespace, experiment: str, found: dict) -> None:
+def store(args: Namespace, experiment: str, found: dict) -> None:
     """Put an experiment's results among the others."""
     results = json.loads(args.json.read_text()) if args.json.exists() else {}
     write_json(args.json, results | {experiment: found})
@@ -189,8 +205,7 @@ def read_text(args: Namespace) -> Text:
     config = TrainConfig(**common, minutes=1, seed=args.seed, precision=args.precision)
     tokenizer = make_tokenizer(config.tokenizer, config.data)
     tokens = tokenise(config.data, tokenizer, cache_dir() / "tokens", config.length)
-    model = make_model(config, tokenizer, Generator().manual_seed(0))
-    config = replace(config, precision=choose_precision(model, tokenizer.mask_id, tokens, config)[0])
+    config = replace(config, precision=choose_precision(config)[0])
     held_out = strides(tokens.val.tolist(), config.length, config.length)
     return Text(tokenizer, tokens, held_out, len(tokens.val) * tokens.characters_per_token, config)
 
@@ -233,7 +248,7 @@ def measure_text(args: Namespace) -> None:
     steps = runs["diffusion"]["steps"]
     runs["twin, as many tokens"] = learn_text(args, text, "twin", best["rate"], minutes=None, steps=steps)
     about = {"corpus": Path(args.corpus).stem, "minutes": minutes, "samples": args.samples}
-    keep(args, "text", {**about, "precision": text.config.precision, "runs": runs})
+    store(args, "text", {**about, "precision": text.config.precision, "runs": runs})
     print("\n| | bits per character | steps | tokens | tokens/s |\n|---|---|---|---|---|")
     with picture(args, "text", "minutes of training", "bits per character, held-out") as axes:
         for (name, r), dash in zip(runs.items(), ("-", *["-"] * len(args.lr), ":"), strict=True):
@@ -279,7 +294,7 @@ def measure_scaling(args: Namespace) -> None:
         last = best["diffusion"][-1]
         as_good = [r["flops"] for r in runs if r["way"] == "twin" and r["bits"] <= last["bits"]]
         least = last["flops"] / min(as_good) if as_good else None  # no line is drawn beyond what was measured
-    keep(args, "scaling", {"corpus": Path(args.corpus).stem, "laws": laws, "least_factor": least, "runs": runs})
+    store(args, "scaling", {"corpus": Path(args.corpus).stem, "laws": laws, "least_factor": least, "runs": runs})
     print("\n| objective | width | minutes | tokens | FLOPs | bits per character |\n|---|---|---|---|---|---|")
     with picture(args, "scaling", "floating-point operations of training, 6 N D", "bits per character") as axes:
         for r in runs:
@@ -339,15 +354,14 @@ def config_of(args: Namespace, tokenizer: str, size: dict, length: int, batch_si
 
 def diffusion_writes(model: LLaDA, tokenizer: Tokenizer, task: Task, **options: object) -> dict:
     """The task's accuracy, by kind of question, of one canvas a question, a token per step unless told otherwise."""
-    talker = Talker(model, tokenizer, None, False, {})
-    length = answer_length(talker, task)
+    length = answer_length(tokenizer, task)
     config = SampleConfig(**{"gen_len": length, "steps": length, "block_len": length, "stop_at_eos": False, **options})
-    return measure_task(talker, task, config, batch_size=100)[0]
+    return measure_task(model, tokenizer, task, config, batch_size=100)[0]
 
 
 def twin_writes(model: LLaDA, tokenizer: Tokenizer, task: Task) -> dict:
     """The same of the twin, from left to right. In front of a gap it cannot see what stands behind."""
-    length, scores = answer_length(Talker(model, tokenizer, None, False, {}), task), {}
+    length, scores = answer_length(tokenizer, task), {}
     for first in range(0, len(task.test), 100):
         batch = task.test[first : first + 100]
         rows = twin_generate(model, [tokenizer.encode(f"\n{e.prompt}") for e in batch], length)
@@ -386,7 +400,7 @@ def measure_tales(args: Namespace) -> None:
         sign = "≤ " * (way == "diffusion")
         print(f"| {way} | {sign}{mean:.2f} ± {error:.2f} | {mean - entropy:.2f} ", end="")
         print(f"| {sign}{mean / length:.5f} | {mean / entropy:.4f} |")
-    keep(args, "tales", {"entropy_per_tale": entropy, "entropy_per_character": entropy / length, "tales": len(pairs),
+    store(args, "tales", {"entropy_per_tale": entropy, "entropy_per_character": entropy / length, "tales": len(pairs),
                          "samples": args.samples, "ways": found})  # fmt: skip
 
 
@@ -415,7 +429,7 @@ def measure_reversal(args: Namespace) -> None:
     found["diffusion"] |= diffusion_writes(models["diffusion"][0], tokenizer, task)
     found["twin"] |= twin_writes(models["twin"][0], tokenizer, task)
     found["twin"]["ranked"] = rank(models["twin"][0], tokenizer, task, 50)
-    keep(args, "reversal", found)
+    store(args, "reversal", found)
     print("\n| Question | n | diffusion | twin |\n|---|---|---|---|")
     for kind, ours in found["diffusion"]["kinds"].items():
         print(f"| {kind} | {ours['n']} | {percent(ours)} | {percent(found['twin']['kinds'][kind])} |")
@@ -448,7 +462,7 @@ def measure_sudoku(args: Namespace) -> None:
         order: diffusion_writes(models["diffusion"][0], tokenizer, task, **options) for order, options in ORDERS.items()
     }
     found["twin"]["orders"] = {"left to right": twin_writes(models["twin"][0], tokenizer, task)}
-    keep(args, name, found)
+    store(args, name, found)
     print("\n| | order | boards solved |\n|---|---|---|")
     for way in WAYS:
         for order, solved in found[way]["orders"].items():
@@ -473,7 +487,7 @@ def measure_errors(args: Namespace) -> None:
         drawn = {n: estimates(model, answer, ESTIMATORS[name], n, args.questions) for n in SAMPLES}
         found[name] = {n: values.std().item() for n, values in drawn.items()}
         print(f"| {name} | " + " | ".join(f"{error:.2f}" for error in found[name].values()) + " |", flush=True)
-    keep(args, "errors", found)
+    store(args, "errors", found)
 
 
 def main() -> None:
