@@ -8,10 +8,13 @@ from argparse import Namespace
 import torch
 from tqdm import tqdm
 
-from minillada.commands.ask import add_questions, answer, make_talker, parse
+from minillada.commands.answers import answer_file
+from minillada.commands.ask import add_questions, files_of, make_talker, parse, question, show
+from minillada.commands.chat import chat
 from minillada.commands.cli import Parser, run
 from minillada.errors import BadInput, check_one_of
 from minillada.model import LLaDA
+from minillada.sampler import stream
 from minillada.text.chat import ChatTemplate
 from minillada.text.tokenizer import Tokenizer
 from minillada.weights.checkpoint import Report, check, expect_tokenizer, load
@@ -55,7 +58,7 @@ def amount(number: float) -> str:
 
 
 def look(args: Namespace) -> Report:
-    """Everything that can be known without the weights; fetched first, if it is not here."""
+    """Find out what can be known without reading weights; a model that is not here is fetched first."""
     if os.path.lexists(args.model):
         return check(args.model, args.deep, args.revision, args.mask_id)
     return check(fetch(args.model, args.revision, progress=True), args.deep, mask_id=args.mask_id)
@@ -75,7 +78,7 @@ def describe(found: Report) -> None:
 
 
 def describe_template(found: Report) -> None:
-    """Try the template, if there is one to try."""
+    """Say which chat template there is, after trying it."""
     if (found.directory / "tokenizer.json").is_file():
         template = ChatTemplate.load(found.directory)
         if template.own:
@@ -110,7 +113,14 @@ def main() -> None:
     model, tokenizer = load_model(args, found, device)
     talker = make_talker(found.directory, args.model, model, tokenizer, args)
     say(f"prompts are {'messages in the chat template' if talker.instruct else 'texts to go on with'}")
-    answer(args, talker)
+    if args.chat:
+        chat(args, talker)
+    elif args.prompts is not None:
+        answer_file(args, talker)
+    else:
+        asked = question(args, talker)  # a canvas with holes, and how to decode it
+        steps = stream(model, asked.canvas, asked.config, args.seed, rivals=5 if files_of(args) else 0)
+        show(args, talker, asked, steps)
 
 
 if __name__ == "__main__":

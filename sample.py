@@ -1,7 +1,12 @@
 """Let a trained model write: after a prompt, into the holes of a text, or in a chat."""
 
-from minillada.commands.ask import add_questions, answer, defaults_of, make_talker, parse
+from argparse import Namespace
+
+from minillada.commands.answers import answer_file
+from minillada.commands.ask import add_questions, defaults_of, files_of, make_talker, parse, question, show
+from minillada.commands.chat import chat
 from minillada.commands.cli import Parser, newest_run, run
+from minillada.sampler import stream
 from minillada.weights.checkpoint import check, load
 from minillada.weights.device import pick_device
 
@@ -18,17 +23,28 @@ first (--temperature 0 --remasking low_confidence, the default for other models)
 """
 
 
-def main() -> None:
+def options() -> Namespace:
     p = Parser(__doc__, EXAMPLES)
     p.add_argument("run", nargs="?", help="a run directory, or any model directory (default: the newest run)")
     add_questions(p, required=False)
-    args = parse(p)
+    return parse(p)
+
+
+def main() -> None:
+    args = options()
     device = pick_device(args.device)
     name = args.run or str(newest_run())
-    found = check(name)
-    model, tokenizer = load(found.directory, device)
-    defaults = defaults_of(name, found.directory)
-    answer(args, make_talker(found.directory, name, model, tokenizer, args, **defaults))
+    directory = check(name).directory
+    model, tokenizer = load(directory, device)
+    talker = make_talker(directory, name, model, tokenizer, args, **defaults_of(name, directory))
+    if args.chat:
+        chat(args, talker)
+    elif args.prompts is not None:
+        answer_file(args, talker)
+    else:
+        asked = question(args, talker)  # a canvas with holes, and how to decode it
+        steps = stream(model, asked.canvas, asked.config, args.seed, rivals=5 if files_of(args) else 0)
+        show(args, talker, asked, steps)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
 """Masked diffusion: how text is noised, and the bound on its likelihood that predicting the noise away gives.
 
-Forward process (LLaDA, arXiv:2502.09992, eq. 7): every token of x0 becomes [MASK] with probability p_mask(t), apart
-from the others; t in (0,1] is the masking level. The bound (eq. 12), in nats, with CE_i = -log p(x0_i | xt):
+Forward process (LLaDA, arXiv:2502.09992, eq. 7): every token of x0 becomes [MASK] with probability t, independently of
+the others; t in (0,1] is the masking level. The bound (eq. 12), in nats, with CE_i = -log p(x0_i | xt):
 
-    -log p(x0)  <=  E_t E_xt [ weight(t) * sum of CE_i over the masked i ]
+    -log p(x0)  <=  E_t E_xt [ 1/t * sum of CE_i over the masked i ]
 
-Drawing the number of masked tokens first (eq. 14) gives the same number with less variance per sample. Estimates of
-likelihoods made of it are in `likelihood.py`.
+Drawing the number of masked tokens first (eq. 14) gives the same number with less variance per sample.
 
-Shapes: B batch, T sequence, V vocabulary.
+Shapes: B batch, T sequence, N masked tokens of the batch, V vocabulary.
 """
 
-import math
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,76 +30,61 @@ class Noised(NamedTuple):
 
 
 def sample_t(n: int, rng: Generator, stratified: bool = True) -> Tensor:
-    """n masking levels (n,) in (0,1]: independent, or one from each of n equal slices (MDLM's "antithetic")."""
+    """Draw n masking levels (n,) in (0,1]: independent, or one from each of n equal slices (MDLM's "antithetic")."""
     u = torch.rand(n, generator=rng)
     return 1 - ((torch.arange(n) + u) / n if stratified else u)
 
 
-# t -> (p_mask = 1 - alpha, weight = -alpha' / (1 - alpha)). All schedules have the same bound, with another variance.
-Schedule = Callable[[Tensor], tuple[Tensor, Tensor]]
+def bernoulli(x0: Tensor, mask_id: int, t: Tensor, rng: Generator, maskable: Tensor | None = None) -> Noised:
+    """Mask each maskable token of x0 (B,T) with probability t (B,); weight 1/t, as in LLaDA's guidelines.
 
-
-def linear(t: Tensor) -> tuple[Tensor, Tensor]:
-    """LLaDA's schedule, alpha = 1 - t: (p_mask, weight) = (t, 1/t)."""
-    return t, 1 / t
-
-
-def cosine(t: Tensor) -> tuple[Tensor, Tensor]:
-    """MD4's, alpha = 1 - cos(pi/2 (1-t)): fewer nearly empty inputs (arXiv:2406.04329, table 1)."""
-    angle = math.pi / 2 * (1 - t)
-    return angle.cos(), math.pi / 2 * angle.tan()
-
-
-def bernoulli(
-    x0: Tensor, mask_id: int, t: Tensor, rng: Generator, maskable: Tensor | None = None, schedule: Schedule = linear
-) -> Noised:
-    """Each maskable token of x0 (B,T) is masked with probability p_mask(t), t (B,): LLaDA's guidelines.
-
-    The level is kept above 1/1000, where the weight explodes: it changes the bound by less than 0.1 %.
+    t is kept above 1/1000, below which the weight explodes; that changes the bound by less than 0.1 %.
     """
-    p_mask, weight = schedule(t.clamp(min=1e-3))
-    masked = torch.rand(x0.shape, generator=rng) < p_mask[:, None]
+    t = t.clamp(min=1e-3)
+    masked = torch.rand(x0.shape, generator=rng) < t[:, None]
     masked = masked if maskable is None else masked & maskable
-    return Noised(x0.masked_fill(masked, mask_id), masked, weight)
+    return Noised(x0.masked_fill(masked, mask_id), masked, 1 / t)
 
 
 def bernoulli_mean(x0: Tensor, mask_id: int, t: Tensor, rng: Generator, maskable: Tensor | None = None) -> Noised:
-    """`bernoulli` with 1/t replaced by its mean over all t that could have masked as many: (L+1)/m for m of L.
+    """Mask as `bernoulli` does, but replace 1/t by its mean over all t that could have masked as many tokens.
 
-    Averaged over rows, CE's mean over a row's own masked tokens is this, up to rows with m = 0.
+    That mean is (L+1)/m for m masked of L maskable tokens: 3 of 8 -> weight 3.
     """
     noised = bernoulli(x0, mask_id, t, rng, maskable)
-    length = lengths(x0, maskable)
-    return noised._replace(weight=(length + 1) / noised.masked.sum(1).clamp(min=1))
+    return noised._replace(weight=(lengths(x0, maskable) + 1) / noised.masked.sum(1).clamp(min=1))
 
 
 def exact_count(x0: Tensor, mask_id: int, t: Tensor, rng: Generator, maskable: Tensor | None = None) -> Noised:
-    """Exactly l = ceil(t L) of a row's L maskable tokens are masked, at random; weight L/l (eq. 14)."""
+    """Mask exactly l = ceil(t L) of a row's L maskable tokens, chosen at random; weight L/l (eq. 14).
+
+    L = 8 and t = 0.3 -> 3 masks, weight 8/3.
+    """
     length = lengths(x0, maskable)
     count = (t.double() * length).ceil().long().clamp(min=1).minimum(length)
     order = torch.rand(x0.shape, generator=rng)
     order = order if maskable is None else order.masked_fill(~maskable, 2.0)
-    masked = order.argsort(1).argsort(1) < count[:, None]
+    masked = order.argsort(1).argsort(1) < count[:, None]  # the ranks below l
     return Noised(x0.masked_fill(masked, mask_id), masked, length / count.clamp(min=1))
 
 
 def lengths(x0: Tensor, maskable: Tensor | None) -> Tensor:
-    """How many tokens of each row may be masked, (B,)."""
+    """Count the maskable tokens of each row, (B,)."""
     return torch.full((len(x0),), x0.shape[1]) if maskable is None else maskable.sum(1)
 
 
+# name -> process. training/ adds MD4's schedule.
 PROCESSES: dict[str, Callable[..., Noised]] = {
     "exact-count": exact_count,
     "bernoulli-mean": bernoulli_mean,
     "bernoulli": bernoulli,
-    "bernoulli-cosine": partial(bernoulli, schedule=cosine),
 }
 
 
 def nll_bound(logits: Tensor, x0: Tensor, noised: Noised) -> Tensor:
-    """One-sample estimate (B,) of the upper bound on -log p(x0), in nats per row.
+    """Estimate the upper bound of -log p(x0) for each row, (B,) in nats, from one noised sample.
 
-    logits: (B,T,V), or (N,V) for the N masked positions alone in reading order (`model(xt, where=...)`).
+    logits: (B,T,V), or (N,V) for the masked tokens alone in reading order (`model(xt, where=...)`).
     """
     row, column = noised.masked.nonzero(as_tuple=True)
     logits = logits[row, column] if logits.dim() == 3 else logits
@@ -111,13 +93,13 @@ def nll_bound(logits: Tensor, x0: Tensor, noised: Noised) -> Tensor:
 
 
 def model_bound(model: nn.Module, x0: Tensor, noised: Noised, attn_mask: Tensor | None = None) -> Tensor:
-    """`nll_bound` of a model, which computes logits for the masked positions only."""
+    """Return `nll_bound` of a model, which computes logits for the masked tokens only."""
     where = noised.masked.nonzero(as_tuple=True)
     return nll_bound(model(noised.xt, attn_mask=attn_mask, where=where), x0, noised)
 
 
 def pretraining_loss(model: nn.Module, x0: Tensor, noised: Noised) -> Tensor:
-    """The bound in nats per token, averaged over rows: what `train` minimises (LLaDA, eq. 3)."""
+    """Return the bound in nats per token, averaged over rows: what training minimises (LLaDA, eq. 3)."""
     return model_bound(model, x0, noised).mean() / x0.shape[1]
 
 

@@ -112,8 +112,15 @@ def check_canvas(x, valid, c) -> None:
         raise BadInput(f"token: expected {expected}, got {strange[0].item()}; use the model's tokenizer")
 
 
-def check_lengths(config) -> None:
-    """Raise BadInput unless the numbers of a SampleConfig fit each other."""
+def check_ids(name: str, ids: Iterable[int], c) -> list[int]:
+    """Return the ids as a list. Raises BadInput unless each is one of the vocabulary and not the mask."""
+    if any(not 0 <= i < c.vocab_size or i == c.mask_id for i in ids):
+        raise BadInput(f"{name}: expected ids from 0 to {c.vocab_size - 1} without the mask, got {ids}; leave it out")
+    return list(ids)
+
+
+def check_sampling(config) -> None:
+    """Raise BadInput unless the numbers of a SampleConfig are in range and its choices fit each other."""
     for name in ("gen_len", "steps", "block_len"):
         check_whole(name, getattr(config, name), 1)
     check_whole("top_k", config.top_k, 0)
@@ -129,3 +136,8 @@ def check_lengths(config) -> None:
     if config.steps % windows:
         near = max(1, config.steps // windows) * windows
         raise BadInput(f"steps: expected a multiple of the {windows} windows, got {config.steps}; try {near}")
+    if config.revise != "none" and config.commit != "quota":
+        what = f"commit: expected none beside revise, which brings its own rule, got {config.commit}"
+        raise BadInput(f"{what}; leave one of the two out")
+    if config.revise.startswith("wino") and config.cache != "none":
+        raise BadInput(f"cache: expected none with revise wino, got {config.cache}; leave one of the two out")

@@ -4,8 +4,6 @@ It is a LLaMA-style decoder without the causal mask. Every position sees every o
 the clean token behind each [MASK], for all positions at once. It gets no noise level `t` as input: the number of masks
 in the input tells it already (RADD, arXiv:2406.03736; LLaDA, arXiv:2502.09992, eq. 11).
 
-Read it from the top down or from the end up: `LLaDA` stacks `Layer`s; a `Layer` is `Attention` and an `MLP` or `MoE`.
-
 Shapes: B batch, T sequence, S keys, H heads, D head width, C model width, F feed-forward width, V vocabulary,
 E experts.
 """
@@ -55,16 +53,11 @@ class ModelConfig:
     n_expert_group_active: int = 1
 
     def __post_init__(self) -> None:
-        derived = {
-            "n_kv_head": self.n_head,
-            "d_head": self.d_model // max(self.n_head, 1),
-            "embedding_size": self.vocab_size,
-        }
+        d_head = self.d_head or self.d_model // max(self.n_head, 1)
+        derived = {"n_kv_head": self.n_head, "d_head": d_head, "embedding_size": self.vocab_size, "rotary_dim": d_head}
         for name, value in derived.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if self.rotary_dim is None:
-            object.__setattr__(self, "rotary_dim", self.d_head)
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         check_model(self)
 
@@ -101,10 +94,12 @@ class Around(NamedTuple):
     cache: KVCache | None
 
 
-def rotary_angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines (...,T,dim/2) for positions (...,T): the angles of RoPE (arXiv:2104.09864, eq. 15)."""
-    frequency = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim)
-    angles = positions[..., None].to(dtype) * frequency
+def rotary_angles(positions: Tensor, c: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines (...,1,T,rotary_dim/2) for positions (...,T), the same for every head, in float32 or
+    wider: the angles of RoPE (arXiv:2104.09864, eq. 15)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    dims = torch.arange(0, c.rotary_dim, 2, device=positions.device, dtype=wide)
+    angles = positions[..., None, :, None].to(wide) * c.rope_theta ** (-dims / c.rotary_dim)
     return angles.cos(), angles.sin()
 
 
@@ -315,17 +310,11 @@ class LLaDA(nn.Module):
         x = self.embed(tokens)  # (B,T,C)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
-        around = Around(self.rotary(positions, x.dtype), positions, attn_mask, cache)
+        around = Around(rotary_angles(positions, self.config, x.dtype), positions, attn_mask, cache)
         for layer in self.layers[:-1]:
             x = layer(x, around)
         x = self.layers[-1](x, around, where)
         return self.head(self.norm(x))
-
-    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the angles (...,1,T,rotary_dim/2) of positions (...,T), equal for all heads, in float32 or wider."""
-        wide = torch.promote_types(dtype, torch.float32)
-        cos, sin = rotary_angles(positions, self.config.rotary_dim, self.config.rope_theta, wide)
-        return cos.unsqueeze(-3), sin.unsqueeze(-3)
 
     def n_parameters(self) -> int:
         """Count all parameters, a tied head once."""

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .errors import BadInput, check_canvas, check_lengths, check_one_of, named
+from .errors import BadInput, check_canvas, check_ids, check_one_of, check_sampling, named
 from .model import ModelConfig
 from .strategies import (
     CACHES,
@@ -46,25 +46,19 @@ class Canvas:
     @classmethod
     def continuation(cls, prompts: Rows, gen_len: int, config: ModelConfig, device: Device = "cpu") -> "Canvas":
         """Put gen_len holes behind each of several unequal prompts, and padding in front of the shorter ones."""
-        longest = max(map(len, prompts), default=0)
-        rows = [[*prompt, *[config.mask_id] * gen_len] for prompt in prompts]
-        canvas = cls.infill(rows, config, device)
         if any(config.mask_id in prompt for prompt in prompts):
             raise BadInput(f"prompt: expected no mask id {config.mask_id}, got one; to fill holes use Canvas.infill")
-        for x in (canvas.x, canvas.valid):
-            for i, prompt in enumerate(prompts):
-                x[i] = x[i].roll(longest - len(prompt))
-        return canvas
+        return cls.infill([[*prompt, *[config.mask_id] * gen_len] for prompt in prompts], config, device, "left")
 
     @classmethod
-    def infill(cls, rows: Rows, config: ModelConfig, device: Device = "cpu") -> "Canvas":
-        """Take unequal rows with mask_id wherever something is to be written; padding goes behind the shorter ones."""
+    def infill(cls, rows: Rows, config: ModelConfig, device: Device = "cpu", padding: str = "right") -> "Canvas":
+        """Take unequal rows with mask_id wherever something is to be written; shorter ones are padded on one side."""
         if not rows or not all(len(row) for row in rows):
             raise BadInput(f"canvas: expected rows of at least one token, got {len(rows)} rows; leave out empty rows")
         filler = config.pad_id if config.pad_id is not None else (config.mask_id + 1) % config.vocab_size
         tensors = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
-        valid = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in tensors], batch_first=True)
-        return cls(pad_sequence(tensors, batch_first=True, padding_value=filler), valid)
+        valid = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in tensors], True, False, padding)
+        return cls(pad_sequence(tensors, True, filler, padding), valid)
 
     @classmethod
     def edit(cls, rows: Rows, spans: Rows, config: ModelConfig, device: Device = "cpu") -> "Canvas":
@@ -99,15 +93,10 @@ class SampleConfig:
     stop_ids: tuple[int, ...] | None = None  # None: the model's eos_id
 
     def __post_init__(self) -> None:
-        check_lengths(self)
+        check_sampling(self)
         check_one_of("remasking", self.remasking, SCORES)
         named(CACHES, "cache", self.cache)
         method_of(self)
-        if self.revise != "none" and self.commit != "quota":
-            what = "commit: expected none beside revise, which brings its own rule"
-            raise BadInput(f"{what}, got {self.commit}; leave one of the two out")
-        if self.revise.startswith("wino") and self.cache != "none":
-            raise BadInput(f"cache: expected none with revise wino, got {self.cache}; leave one of the two out")
 
 
 def method_of(config: SampleConfig) -> Method:
@@ -116,24 +105,10 @@ def method_of(config: SampleConfig) -> Method:
     return method if config.revise == "none" else named(REVISIONS, "revise", config.revise)
 
 
-def check_ids(name: str, ids: Sequence[int], c: ModelConfig) -> list[int]:
-    """Return the ids as a list. Raises BadInput unless each is one of the vocabulary and not the mask."""
-    if any(not 0 <= i < c.vocab_size or i == c.mask_id for i in ids):
-        raise BadInput(f"{name}: expected ids from 0 to {c.vocab_size - 1} without the mask, got {ids}; leave it out")
-    return list(ids)
-
-
 def stop_ids(config: SampleConfig, c: ModelConfig) -> list[int]:
     """Return the ids that end a text."""
     ends = () if c.eos_id is None else (c.eos_id,)
     return check_ids("stop_ids", ends if config.stop_ids is None else config.stop_ids, c)
-
-
-class Rivals(NamedTuple):
-    """The likeliest tokens of the M places that a step committed, in reading order, the likeliest first."""
-
-    tokens: Tensor  # (M,K) long
-    probability: Tensor  # (M,K)
 
 
 class Step(NamedTuple):
@@ -148,7 +123,7 @@ class Step(NamedTuple):
     window: slice  # columns being decoded
     step: int  # from 0
     nfe: int  # evaluations of the model so far; guidance counts its two halves as one
-    rivals: Rivals | None = None  # if `stream` was asked for some
+    rivals: tuple[Tensor, Tensor] | None = None  # (M,K) each: likeliest tokens of the M places committed, and their p
 
 
 class Draft:
@@ -186,12 +161,10 @@ class Draft:
         p = scores if score is probability and logits is said else probability(said, tokens)
         if config.defer_eos:
             scores = scores.masked_fill(torch.isin(tokens, self.stop), -1e30)  # finite: the last, but still a candidate
-        spread = lambda values, elsewhere: torch.full_like(asked, elsewhere, dtype=values.dtype).masked_scatter(
-            asked, values
-        )
-        self.said = said
+        self.said, empty = said, torch.zeros(asked.shape, dtype=scores.dtype, device=scores.device)
         x = self.x[ask.rows, ask.window].masked_scatter(asked, tokens)
-        return Guess(x, spread(scores, -torch.inf), spread(p.float(), torch.nan))
+        scores = (empty - torch.inf).masked_scatter(asked, scores)
+        return Guess(x, scores, (empty + torch.nan).masked_scatter(asked, p.to(empty.dtype)))
 
     def take_back(self, rows: Tensor, window: slice, back: Tensor) -> None:
         """Turn the committed places `back` (R,W) into holes."""
@@ -213,7 +186,7 @@ class Draft:
         best = None
         if self.n_rivals:
             top = self.said[commit[asked]].softmax(-1).topk(min(self.n_rivals, self.said.shape[-1]))
-            best = Rivals(top.indices, top.values)
+            best = top.indices, top.values
         revised, self.revised = self.revised, torch.zeros_like(self.revised)
         self.nfe += 1
         return Step(self.x, proposed, score, p, committed, revised, window, self.nfe - 1, self.nfe, best)

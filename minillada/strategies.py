@@ -128,10 +128,7 @@ def chance(logits: Tensor, tokens: Tensor, rng: Generator) -> Tensor:
 
 
 Score = Callable[[Tensor, Tensor, Generator], Tensor]
-SCORES: dict[str, Score] = {
-    "low_confidence": probability,
-    "random": chance,
-}
+SCORES: dict[str, Score] = {"low_confidence": probability, "random": chance}
 
 # ---- commit: which holes are written now? ----------------------------------------------------------------------------
 
@@ -208,14 +205,11 @@ class Method:
         return ~now.hole.any(1) & (type(self).revise is Method.revise)
 
 
-class Counted(Method):
-    """Commit as many of the surest holes as `due` says, a number that does not depend on what the model predicts."""
+class Quota(Method):
+    """Commit a number of the surest holes that does not depend on what the model predicts (LLaDA, algorithms 4, 5)."""
 
     def due(self, now: Now) -> Tensor:
-        """Return how many holes of each row to commit, (R,). Here LLaDA's quota: the same number in every step.
-
-        It is ceil(holes left / steps left): 5 holes in 3 steps -> 2, 2, 1, as the official table has it.
-        """
+        """Return that number for each row, (R,): ceil(holes left / steps left). 5 holes in 3 steps -> 2, 2, 1."""
         return (now.holes() + now.left - 1) // now.left
 
     def ask(self, now: Now) -> Tensor:
@@ -228,30 +222,8 @@ class Counted(Method):
         return surest(guess.score, self.n)
 
 
-class Ancestral(Counted):
-    """Commit each hole with probability 1 - s/t = 1/left, independently (LLaDA, eq. 10).
-
-    With remasking "random", temperature 1 and one window this is the exact reverse process as the steps grow.
-    """
-
-    def due(self, now: Now) -> Tensor:
-        return ((now.uniform() < 1 / now.left) & now.hole).sum(1)
-
-
-class FirstHitting(Counted):
-    """Commit one hole a step. With remasking "random", temperature 1 and one window: an exact sample
-    (arXiv:2409.02908, section 3)."""
-
-    def due(self, now: Now) -> Tensor:
-        return torch.ones_like(now.holes())
-
-
 # name -> what makes it, called with the parameters behind the name. decoding/ adds to these tables.
-COMMITS: dict[str, Callable[..., Method]] = {
-    "quota": Counted,
-    "ancestral": Ancestral,
-    "first-hitting": FirstHitting,
-}
+COMMITS: dict[str, Callable[..., Method]] = {"quota": Quota}
 REVISIONS: dict[str, Callable[..., Method]] = {}  # methods that take committed tokens back
 CACHES: dict[str, Callable[..., Callable[[Whole, Tensor], MaskPredictor]]] = {
     "none": lambda: lambda predict, given: predict  # given (B,T) bool: the prompt's places

@@ -34,8 +34,8 @@ def values(*switches, **texts):
 
 
 def asked(talker, task, text, *switches, **texts):
-    canvas, config, seed, first = app.start(talker, task, text, tuple(values(*switches, **texts)))
-    return canvas, config, list(app.denoise(talker, canvas, config, seed, first))
+    asked, seed = app.start(talker, task, text, tuple(values(*switches, **texts)))
+    return asked.canvas, asked.config, list(app.denoise(talker, asked, seed))
 
 
 # ---- what it computes -----------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_two_runs_can_take_turns(talker, monkeypatch):
     shown = list(zip_longest(*runs, fillvalue=(None, None)))
     for side, expected in zip(zip(*shown, strict=True), alone, strict=True):
         (trace,) = [trace for _, trace in side if trace]
-        assert trace.confidence.tolist() == pytest.approx(expected.confidence.tolist(), nan_ok=True)
+        assert trace.probability.tolist() == pytest.approx(expected.probability.tolist(), nan_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,7 @@ from minillada.diffusion import (
     PROCESSES,
     Noised,
     bernoulli,
-    cosine,
     exact_count,
-    linear,
     model_bound,
     nll_bound,
     pretraining_loss,
@@ -25,6 +23,7 @@ from minillada.diffusion import (
 from minillada.errors import BadInput
 from minillada.measure.likelihood import exact_bound, log_likelihood, log_likelihoods
 from minillada.model import ModelConfig
+from minillada.training.cosine import cosine
 
 X0 = [0, 2, 1, 1]
 
@@ -179,20 +178,18 @@ def test_exact_counts_are_uniform_when_stratified(length):
     assert counts.bincount(minlength=length + 1).tolist() == [0] + [4] * length
 
 
-@pytest.mark.parametrize("schedule", [linear, cosine])
-def test_a_schedules_weight_is_the_slope_over_what_is_masked(schedule):
+def test_the_cosine_schedules_weight_is_its_slope_over_what_is_masked():
     t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64, requires_grad=True)
-    p_mask, weight = schedule(t)
-    (slope,) = torch.autograd.grad(p_mask.sum(), t)  # p_mask = 1 - alpha, so this is -alpha'
+    p_mask, weight = cosine(t)
+    (slope,) = torch.autograd.grad(p_mask.sum(), t)
     assert torch.allclose(weight, slope / p_mask)
 
 
 def test_the_bound_is_the_same_for_every_schedule():
     model, n = table_model(), 60_000
     x0, rng = torch.tensor([X0]).expand(n, -1), generator()
-    values = [
-        model_bound(model, x0, bernoulli(x0, 3, sample_t(n, rng), rng, schedule=s)).mean() for s in (linear, cosine)
-    ]
+    noised = [PROCESSES[name](x0, 3, sample_t(n, rng), rng) for name in ("bernoulli", "bernoulli-cosine")]
+    values = [model_bound(model, x0, noise).mean() for noise in noised]
     assert values[0].item() == pytest.approx(values[1].item(), rel=0.02)
 
 

@@ -7,9 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minillada.diffusion import exact_count, pretraining_loss, sample_t
-from minillada.errors import BadInput
+from minillada.errors import LIMITS, BadInput
 from minillada.measure.cost import flops_per_token, n_active_parameters
-from minillada.model import LIMITS, KVCache, LLaDA, ModelConfig, MoE, attend
+from minillada.model import KVCache, LLaDA, ModelConfig, MoE, attend
 from minillada.training.config import IDS, PRESETS
 
 VARIANTS = {

@@ -13,18 +13,17 @@ from dataclasses import fields
 from functools import partial
 from itertools import zip_longest
 
-from ..canvas import Canvas
 from ..errors import BadInput, BadLuck, check_whole
 from ..sampler import SampleConfig, answer_of, stream
 from ..show.terminal import frames, pieces
-from ..show.trace import Trace, overhear
+from ..show.trace import Trace
 from ..strategies import SCORES
 from ..text.chat import Message
 from ..text.tokenizer import display
 from ..weights.checkpoint import check, load
 from ..weights.device import pick_device
 from ..weights.hub import fetch
-from .ask import Talker, defaults_of, make_talker, to_fill, to_write
+from .ask import Question, Talker, defaults_of, make_talker, to_fill, to_write
 from .cli import SAMPLING, SWITCHES, Parser, newest_run
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
@@ -50,47 +49,47 @@ def view(tokens: list[int], held: list[float], new: list[bool], back: list[bool]
 
 
 def options(texts: Sequence[str], switches: Sequence[bool]) -> Namespace:
-    """The settings as the scripts' parser gives them; what is empty is None. Raises BadInput."""
+    """Return the settings as the scripts' parser gives them; what is empty is None. Raises BadInput."""
     args = Namespace(**{name: on or None for name, on in zip(SWITCHES, switches, strict=True)}, seed=0)
     for name, text in zip(TYPES, texts, strict=True):
         try:
             value = TYPES[name](text.strip()) if text.strip() else getattr(args, name, None)
         except ValueError:
-            raise BadInput(f"{name}: expected {TYPES[name].__name__}, got {text.strip()!r:.50}; mend it") from None
+            raise BadInput(
+                f"{name}: expected {TYPES[name].__name__}, got {text.strip()!r:.50}; change or clear it"
+            ) from None
         setattr(args, name, value)
         if name in MOST and value is not None:
             check_whole(name, value, 1, MOST[name])
     return args
 
 
-def start(talker: Talker, task: str, text: str, values: tuple) -> tuple[Canvas, SampleConfig, int, int]:
-    """The canvas, how to decode it, the seed, and the first column to show. Raises BadInput."""
+def start(talker: Talker, task: str, text: str, values: tuple) -> tuple[Question, int]:
+    """Return the canvas and how to decode it, and the seed. Raises BadInput."""
     if len(text) > LONGEST:
         raise BadInput(f"text: expected at most {LONGEST} characters, got {len(text)}; shorten it")
     args = options(values[: len(TYPES)], values[len(TYPES) :])
     if task == "fill" or (task == "either" and "[MASK]" in text):
-        return *to_fill(args, talker, "fill", text), args.seed, 0
+        return to_fill(args, talker, "fill", text), args.seed
     prompt = talker.encode(text)
-    return *to_write(args, talker, prompt), args.seed, len(prompt) if talker.instruct else 0
+    return to_write(args, talker, prompt, len(prompt) if talker.instruct else 0), args.seed
 
 
-def denoise(
-    talker: Talker, canvas: Canvas, config: SampleConfig, seed: int, first: int
-) -> Iterator[tuple[View, Trace | None]]:
-    """What to show while the canvas is filled; at the end the whole trace. Raises BadInput."""
-    rivals, kept, shown = {}, [], 0.0
-    steps = overhear(talker.model, stream(talker.model, canvas, config, seed), rivals)
-    for step, frame in frames(steps, start=first):
+def denoise(talker: Talker, asked: Question, seed: int) -> Iterator[tuple[View, Trace | None]]:
+    """Yield what to show while the canvas is filled; at the end the whole trace. Raises BadInput."""
+    kept, shown = [], 0.0
+    steps = stream(talker.model, asked.canvas, asked.config, seed, rivals=5)
+    for step, frame in frames(steps, start=asked.start):
         kept.append(step)
         if time.monotonic() - shown > PACE:
             yield view(*frame, talker), None
             shown = time.monotonic()
-    trace = Trace.record(kept, talker.tokenizer, start=first, rivals=rivals)
+    trace = Trace.record(kept, talker.tokenizer, start=asked.start)
     yield view(*trace.frame(trace.n_steps), talker), trace
 
 
 def faults_shown(work):
-    """A generator for Gradio: what the user got wrong becomes its red box, in one line."""
+    """Wrap a generator for Gradio: what the user got wrong becomes its red box, in one line."""
 
     def guarded(*values):
         try:
@@ -102,7 +101,7 @@ def faults_shown(work):
 
 
 def settings(talker: Talker) -> list:
-    """A field for every option of the sampler, with its sentence; what is left empty is as in the scripts."""
+    """Make a field for every option of the sampler; what is left empty is as in the scripts."""
     texts = SAMPLING | {"seed": "same seed, same machine, same tokens"}
     made = []
     for name in TYPES:
@@ -115,13 +114,13 @@ def settings(talker: Talker) -> list:
 
 
 def screen(label: str):
-    """The text as it appears."""
+    """Make the place where the text appears."""
     look = {"show_legend": True, "show_inline_category": False, "elem_classes": "canvas"}
     return gr.HighlightedText(label=label, color_map=COLOURS, **look)
 
 
 def replay(talker: Talker):
-    """A screen, a slider through its steps and the trace they show."""
+    """Make a screen, a slider through its steps, and the trace that they show."""
     shown, steps = screen("text"), gr.Slider(0, 1, 0, step=1, label="replay: step", interactive=True)
     trace = gr.State(time_to_live=3600)
     steps.input(
@@ -132,12 +131,12 @@ def replay(talker: Talker):
 
 
 def bubbles(messages: list[Message]) -> list[Message]:
-    """For the chatbot, which takes text for HTML."""
+    """Return the messages for the chatbot, which takes text for HTML."""
     return [{"role": m["role"], "content": html.escape(display(m["content"]))} for m in messages]
 
 
 def at_end(trace: Trace | None):
-    """What the replay's slider shows when a trace is there."""
+    """Return what the replay's slider shows when a trace is there."""
     return gr.update(maximum=trace.n_steps, value=trace.n_steps) if trace else gr.skip()
 
 
@@ -147,7 +146,7 @@ def write(talker: Talker, task: str, text: str, *values):
 
 
 def compare(talker: Talker, text: str, *values):
-    """The same text with two settings, step by step in turns."""
+    """Decode the same text with two settings, step by step in turns."""
     half = len(values) // 2
     runs = [denoise(talker, *start(talker, "either", text, v)) for v in (values[:half], values[half:])]
     last = [(gr.skip(), None)] * 2
@@ -163,17 +162,17 @@ def chat(talker: Talker, text: str, messages: list[Message], *values):
     if not text.strip() or len(text) > LONGEST:
         raise BadInput(f"message: expected 1 to {LONGEST} characters, got {len(text)}; write another")
     kept, prompt = talker.template.fit([*messages, {"role": "user", "content": text}], c.max_len - length)
-    canvas, config = to_write(args, talker, prompt)
+    asked = to_write(args, talker, prompt, len(prompt))
     yield kept, bubbles(kept), "", *[gr.skip()] * 3
-    for shown, trace in denoise(talker, canvas, config, args.seed, len(prompt)):
+    for shown, trace in denoise(talker, asked, args.seed):
         yield *[gr.skip()] * 3, shown, at_end(trace), trace
-    new = talker.tokenizer.decode(answer_of(trace.final.tolist(), config, c))
+    new = talker.tokenizer.decode(answer_of(trace.final.tolist(), asked.config, c))
     messages = [*kept, {"role": "assistant", "content": new}]
     yield messages, bubbles(messages), *[gr.skip()] * 4
 
 
 def asking(label: str, hint: str, text: str = ""):
-    """A box to type in, and the buttons to begin and to stop."""
+    """Make a box to type in, and the buttons to begin and to stop."""
     box = gr.Textbox(text, label=label, info=hint, lines=3, max_length=LONGEST, elem_classes="ask")
     with gr.Row():
         return box, gr.Button("Write", variant="primary"), gr.Button("Stop")
@@ -188,7 +187,7 @@ def connect(asked: tuple, work: Callable, inputs: list, outputs: list) -> None:
 
 
 def build(talker: Talker, name: str):
-    """The whole page as Gradio Blocks."""
+    """Make the whole page as Gradio Blocks."""
     with gr.Blocks(title=f"minillada: {name}", analytics_enabled=False) as page:
         gr.Markdown(f"## minillada: `{name.replace('`', '')}`")
         with gr.Sidebar(label="how to decode", open=False):

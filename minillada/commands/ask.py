@@ -1,32 +1,30 @@
-"""What `sample.py` and `load_8b.py` do with a model: continue a prompt, fill holes, chat, answer a file."""
+"""What one can ask a model for in one go: continue a prompt, fill holes, write a span anew. And how it is shown."""
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
-from ..canvas import Canvas
 from ..errors import BadInput, BadLuck, check_number, check_whole
 from ..model import LLaDA
-from ..sampler import SampleConfig, Step, answer_of, generate, stream
+from ..sampler import Canvas, SampleConfig, Step, answer_of
 from ..show.page import FORMS, check_file, save
 from ..show.terminal import watch
-from ..show.trace import Trace, overhear
+from ..show.trace import Trace
 from ..text.chat import ChatTemplate, check_size
 from ..text.corpora import json_lines, plain_text
 from ..text.tokenizer import Tokenizer, display
 from ..weights.checkpoint import expect_tokenizer
-from .cli import add_sampling, complain, sample_config
+from .cli import add_sampling, sample_config
 
 
 def defaults_of(name: str, directory: Path) -> dict:
-    """How to draw from a model unless told otherwise: a run of train_tiny.py is too small to go by its confidence, but
-    for one that was taught to answer, whose checkpoints have a template."""
+    """Return how to draw from a model unless told otherwise, as fields of SampleConfig.
+
+    A run of train_tiny.py is too small to be decoded by its confidence, unless it was taught to answer: then its
+    checkpoints have a template.
+    """
     wild = (Path(name) / "run.json").exists() and not (directory / "chat_template.jinja").exists()
     return {"temperature": 0.7, "remasking": "random"} if wild else {}
 
@@ -41,12 +39,13 @@ class Talker(NamedTuple):
     defaults: dict  # fields of SampleConfig
 
     def config(self, args: argparse.Namespace, prompt_len: int, **more: object) -> SampleConfig:
+        """Return how to decode: what the options say, then `more`, then the model's defaults."""
         ends = dict.fromkeys([self.model.config.eos_id, *self.template.stop_ids])
         stop_ids = tuple(id for id in ends if id is not None)
         return sample_config(args, self.model.config, prompt_len, stop_ids=stop_ids, **{**self.defaults, **more})
 
     def encode(self, text: str, what: str = "prompt") -> list[int]:
-        """The ids to go on from, of at most 1 MB of text."""
+        """Return the ids to go on from, of at most 1 MB of text."""
         check_size(what, text)
         if not self.instruct:
             return self.tokenizer.encode(text)
@@ -55,8 +54,17 @@ class Talker(NamedTuple):
         return self.template.encode_chat([{"role": "user", "content": text}])
 
 
+class Question(NamedTuple):
+    """A canvas of one row, and how to decode it."""
+
+    canvas: Canvas
+    config: SampleConfig
+    n_prompt: int = 0  # tokens in front of an answer
+    start: int = 0  # the first column to show
+
+
 def add_questions(parser: argparse.ArgumentParser, required: bool) -> argparse._ActionsContainer:
-    """What both scripts can be asked for, and how; the group of which one is chosen."""
+    """Add what both scripts can be asked for, and how; return the group of which one is chosen."""
     what = parser.add_mutually_exclusive_group(required=required)
     what.add_argument("--prompt", metavar="TEXT", help="a text to go on from, or a message to an instruct model")
     what.add_argument(
@@ -80,7 +88,7 @@ def add_questions(parser: argparse.ArgumentParser, required: bool) -> argparse._
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options, with whatever can be refused before a model is loaded. Raises BadInput, BadLuck."""
+    """Return the options. Raises BadInput and BadLuck for what can be refused before a model is loaded."""
     args = parser.parse_args()
     check_whole("batch_size", args.batch_size, 1)
     if args.prompts is not None:
@@ -90,8 +98,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         raise BadInput(f"out: expected a new file for the answers to --prompts, got {got}; give another, or none")
     check_number("watch", args.watch, 0, 60)
     if args.watch and args.quiet:
-        raise BadInput("watch: expected no --quiet beside it, got both; choose one")
-    for form in wanted(args):
+        raise BadInput("watch: expected no --quiet beside it, got both; leave one of the two out")
+    for form in files_of(args):
         if args.chat or args.prompts is not None or getattr(args, "check", False):
             raise BadInput(f"{form}: expected one answer to show, got none or many; use --prompt, --fill or --edit")
         check_file(form, getattr(args, form))
@@ -101,15 +109,29 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def wanted(args: argparse.Namespace) -> list[str]:
-    """The forms in which the run is to be written to a file."""
+def read_prompts(path: Path) -> list[str]:
+    """Return the "prompt" of every line of a .jsonl file, or every line that is not empty. Raises BadInput, BadLuck."""
+    if not path.is_file():
+        raise BadLuck(f"{path}: expected a file with a prompt in each line, got no such file; check the name")
+    if path.suffix.lower() == ".jsonl":
+        texts = list(json_lines(path, "prompt"))
+    else:
+        texts = [line for line in "".join(plain_text(path)).split("\n") if line.strip()]
+    if not texts:
+        raise BadInput(f"{path}: expected a prompt in each line, got nothing; write one prompt a line")
+    return texts
+
+
+def files_of(args: argparse.Namespace) -> list[str]:
+    """Return the forms in which the steps are to be written to a file."""
     return [form for form in FORMS if getattr(args, form) is not None]
 
 
 def make_talker(
     directory: Path, name: str, model: LLaDA, tokenizer: Tokenizer | None, args: argparse.Namespace, **defaults: object
 ) -> Talker:
-    """name: what the user called the model, which may tell whether it was taught to answer."""
+    """Join a model and its tokenizer with a chat template. name: what the user called the model, which may tell
+    whether it was taught to answer. Raises BadInput without a tokenizer."""
     expect_tokenizer(directory, name)
     template = ChatTemplate.load(directory, tokenizer)
     instruct = not args.raw and (args.chat or is_instruct(name, template))
@@ -117,52 +139,30 @@ def make_talker(
 
 
 def is_instruct(name: str, template: ChatTemplate) -> bool:
-    """By its name, or by a template of its own: base models may bring one too, without having learned it."""
+    """Tell by its name, or by a template of its own; base models may bring one too, without having learned it."""
     last = name.replace("\\", "/").rstrip("/").split("/")[-1].lower()
     return "instruct" in last or (template.own and "base" not in last)
 
 
-def answer(args: argparse.Namespace, talker: Talker) -> None:
-    """Do what the options say."""
-    if args.chat:
-        chat(args, talker)
-    elif args.prompts is not None:
-        answer_file(args, talker)
-    elif args.fill is not None or args.edit is not None:
-        fill(args, talker)
-    else:
-        prompt = talker.encode(args.prompt or "")
-        write(args, talker, prompt, 0 if not talker.instruct else len(prompt))
+def question(args: argparse.Namespace, talker: Talker) -> Question:
+    """Return the canvas and the way to decode it that the options ask for. Raises BadInput."""
+    for what in ("fill", "edit"):
+        if getattr(args, what) is not None:
+            return to_fill(args, talker, what, getattr(args, what))
+    prompt = talker.encode(args.prompt or "")
+    return to_write(args, talker, prompt, len(prompt) if talker.instruct else 0)
 
 
-def write(args: argparse.Namespace, talker: Talker, prompt: list[int], start: int) -> list[int]:
-    """Go on from the prompt, showing the text from column start on; the new tokens."""
-    canvas, config = to_write(args, talker, prompt)
-    x = show(args, talker, canvas, config, start)
-    new = answer_of(x[len(prompt) :], config, talker.model.config)
-    if args.quiet:
-        print(display(talker.tokenizer.decode((prompt + new)[start:])))
-    return new
-
-
-def to_write(args: argparse.Namespace, talker: Talker, prompt: list[int]) -> tuple[Canvas, SampleConfig]:
-    """The canvas of a prompt with holes after it, and how to decode it. Raises BadInput."""
+def to_write(args: argparse.Namespace, talker: Talker, prompt: list[int], start: int) -> Question:
+    """Put holes behind a prompt; show the columns from `start` on. Raises BadInput."""
     config = talker.config(args, len(prompt))
     device = next(talker.model.parameters()).device
-    return Canvas.continuation([prompt], config.gen_len, talker.model.config, device), config
+    canvas = Canvas.continuation([prompt], config.gen_len, talker.model.config, device)
+    return Question(canvas, config, len(prompt), start)
 
 
-def fill(args: argparse.Namespace, talker: Talker) -> None:
-    """Write what is missing in the middle of a text: its [MASK]s, or the tokens of its [[spans]]."""
-    what, text = ("fill", args.fill) if args.fill is not None else ("edit", args.edit)
-    canvas, config = to_fill(args, talker, what, text)
-    x = show(args, talker, canvas, config, 0)
-    if args.quiet:
-        print(display(talker.tokenizer.decode(x)))
-
-
-def to_fill(args: argparse.Namespace, talker: Talker, what: str, text: str) -> tuple[Canvas, SampleConfig]:
-    """The canvas of a text to "fill" or "edit", and how to decode it. Raises BadInput."""
+def to_fill(args: argparse.Namespace, talker: Talker, what: str, text: str) -> Question:
+    """Make holes of the [MASK]s of a text (what = "fill") or of its [[spans]] ("edit"). Raises BadInput."""
     check_size(what, text)
     encode, sign = {
         "fill": (talker.tokenizer.encode_with_masks, "[MASK]"),
@@ -174,93 +174,27 @@ def to_fill(args: argparse.Namespace, talker: Talker, what: str, text: str) -> t
         raise BadInput(f"{what}: expected at least one {sign} in the text, got none; write it where text is wanted")
     # One window over all the holes, and nothing after an end of text is thrown away: it is the middle of a text.
     width = holes[-1] + 1 - holes[0]
-    defaults = {"gen_len": width, "block_len": width, "ban_eos": True, "stop_at_eos": False}
-    config = talker.config(args, len(row) - width, **defaults)
-    return Canvas.infill([row], talker.model.config, next(talker.model.parameters()).device), config
+    whole = {"gen_len": width, "block_len": width, "ban_eos": True, "stop_at_eos": False}
+    config = talker.config(args, len(row) - width, **whole)
+    return Question(Canvas.infill([row], talker.model.config, next(talker.model.parameters()).device), config)
 
 
-def show(args: argparse.Namespace, talker: Talker, canvas: Canvas, config: SampleConfig, start: int) -> list[int]:
-    """Fill the canvas before the user's eyes, or quietly, and write what files were asked for; its only row."""
-    rivals, seen = {}, []
-    steps = stream(talker.model, canvas, config, args.seed)
-    if wanted(args) or not args.quiet:
-        steps = overhear(talker.model, steps, rivals)
-    steps = keep(steps, seen) if wanted(args) else steps
+def show(args: argparse.Namespace, talker: Talker, asked: Question, steps: Iterable[Step]) -> list[int]:
+    """Draw the steps as they come, or with --quiet print the result alone; write the files that were asked for.
+
+    Returns the tokens behind the prompt, up to the end of the text.
+    """
+    seen: list[Step] = []
     if not args.quiet:
-        last = watch(steps, talker.tokenizer, start=start, pause=args.watch)
-    else:
-        for last in steps:  # noqa: B007 the last one is the result
-            pass
-    if wanted(args):
-        trace = Trace.record(seen, talker.tokenizer, start=start, rivals=rivals)
-        for form in wanted(args):
-            save(trace, form, path := getattr(args, form))
-            print(f"{form} written to {path}", file=sys.stderr)
-    return last.x[0].tolist()
-
-
-def keep(steps: Iterable[Step], seen: list[Step]) -> Iterator[Step]:
-    """The same steps, and a list of them."""
+        steps = watch(steps, talker.tokenizer, start=asked.start, pause=args.watch)
     for step in steps:
-        seen.append(step)
-        yield step
-
-
-def chat(args: argparse.Namespace, talker: Talker) -> None:
-    """Turn after turn until the input ends. A message that cannot be used costs one line, and the chat goes on."""
-    args.quiet = args.quiet or not sys.stdout.isatty()
-    c, messages = talker.model.config, []
-    length = args.gen_len or min(128, c.max_len // 2)
-    check_whole("gen_len", length, 1, c.max_len - 1)
-    talker.template.render(["user"], ["Hi"])  # a template that fails does so at once
-    for text in lines_of_user():
-        if text.strip() in ("", "/reset"):
-            messages = messages if not text.strip() else []
-            continue
-        try:
-            check_size("message", text)
-            kept, prompt = talker.template.fit([*messages, {"role": "user", "content": text}], c.max_len - length)
-            if len(kept) <= len(messages):
-                print(f"(the oldest {len(messages) + 1 - len(kept)} messages no longer fit and are forgotten)")
-            new = write(args, talker, prompt, len(prompt))
-            messages = [*kept, {"role": "assistant", "content": talker.tokenizer.decode(new)}]
-        except BadInput as error:
-            complain(str(error))
-
-
-def lines_of_user() -> Iterator[str]:
-    """What a person types, up to /quit or the end of the input."""
-    with suppress(ImportError):  # none on Windows, whose console does it
-        import readline  # noqa: F401 input() then knows arrow keys and earlier lines
-    here = sys.stdin.isatty()
-    try:
-        while (text := input("you> " if here else "")).strip() != "/quit":
-            yield text
-    except EOFError:
-        print(end="\n" if here else "")
-
-
-def answer_file(args: argparse.Namespace, talker: Talker) -> None:
-    """A line of JSON for every prompt, in order: {"prompt": ..., "answer": ...}. Finished batches stay written."""
-    texts = read_prompts(args.prompts)
-    prompts = [talker.encode(text, f"{args.prompts}, prompt {i}") for i, text in enumerate(texts, start=1)]
-    config = talker.config(args, max(map(len, prompts)))
-    with open(args.out, "x", encoding="utf-8") if args.out else nullcontext(sys.stdout) as out:
-        for first in tqdm(range(0, len(texts), args.batch_size), unit="batch", disable=None):
-            now = slice(first, first + args.batch_size)
-            answers = generate(talker.model, prompts[now], config, args.seed)
-            for text, new in zip(texts[now], answers, strict=True):
-                print(json.dumps({"prompt": text, "answer": talker.tokenizer.decode(new)}), file=out, flush=True)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The "prompt" of every line of a .jsonl file, or every line that is not empty. Raises BadInput, BadLuck."""
-    if not path.is_file():
-        raise BadLuck(f"{path}: expected a file with a prompt in each line, got no such file; check the name")
-    if path.suffix.lower() == ".jsonl":
-        texts = list(json_lines(path, "prompt"))
-    else:
-        texts = [line for line in "".join(plain_text(path)).split("\n") if line.strip()]
-    if not texts:
-        raise BadInput(f"{path}: expected a prompt in each line, got nothing; write some")
-    return texts
+        seen = [*seen, step] if files_of(args) else [step]
+    for form in files_of(args):
+        path = getattr(args, form)
+        save(Trace.record(seen, talker.tokenizer, start=asked.start), form, path)
+        print(f"{form} written to {path}", file=sys.stderr)
+    row = seen[-1].x[0].tolist()
+    new = answer_of(row[asked.n_prompt :], asked.config, talker.model.config)
+    if args.quiet:
+        print(display(talker.tokenizer.decode((row[: asked.n_prompt] + new)[asked.start :])))
+    return new

@@ -5,15 +5,16 @@ so the course never imports one of them. To add a method, write one file and nam
 nothing else.
 """
 
-from . import (  # noqa: F401 importing them registers them
-    entropy_bound,
-    fast_dllm,
-    fast_draw,
-    klass,
-    narrow,
-    random_remask,
-    refresh,
-    remdm,
-    scores,
-    wino,
-)  # fmt: skip
+from . import (  # noqa: F401
+    entropy_bound,  # EB: commit together what is nearly certain
+    exact,  # ancestral, first-hitting: samples of the model's own distribution
+    fast_dllm,  # threshold, factor; prefix and dual cache
+    fast_draw,  # tokens drawn with few random numbers
+    klass,  # commit what is sure and steady
+    narrow,  # no queries that nobody asks for
+    random_remask,  # take back by chance
+    refresh,  # dLLM-Cache: compute again what has probably changed
+    remdm,  # take back and keep the distribution
+    scores,  # margin, entropy
+    wino,  # take back what the rest of the text does not support
+)

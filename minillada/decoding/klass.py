@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..strategies import COMMITS, Ask, Counted, Guess, Now, probability, surest
+from ..strategies import COMMITS, Ask, Guess, Now, Quota, probability, surest
 
 STEADY = 2  # steps in a row
 
 
-class Klass(Counted):
+class Klass(Quota):
     """Commit the holes that are both sure and steady; where a row has none, the quota's worth of the surest.
 
     Sure: a probability above tau. Steady: KL(prediction now || prediction before) below delta in the last two steps.

@@ -6,7 +6,7 @@ Shapes: R rows, T sequence, W window, N holes asked about, V vocabulary.
 import torch
 from torch import Tensor, nn
 
-from ..model import Around, KVCache, LLaDA, attend
+from ..model import Around, KVCache, LLaDA, attend, rotary_angles
 from ..strategies import QUICKER, Ask, Whole
 
 
@@ -17,7 +17,7 @@ class Narrow(Whole):
         model, (row, column), window = self.model, ask.where, ask.window
         positions = torch.arange(ask.x.shape[1], device=ask.x.device) if ask.positions is None else ask.positions
         x = model.embed(ask.x)  # (R,T,C)
-        rotary = model.rotary(positions, x.dtype)
+        rotary = rotary_angles(positions, model.config, x.dtype)
         around = Around(rotary, positions, ask.attn_mask, cache)
         for layer in model.layers[:-1]:
             x = layer(x, around)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import BadInput, check_number, check_whole
-from ..model import attend
+from ..model import attend, rotary_angles
 from ..strategies import CACHES, Ask, Whole
 
 
@@ -89,7 +89,7 @@ class Refresh:
         plans = [self.plan(first[:, asked], given)] + [self.plan(due[:, asked], given)] * (self.config.n_layer - 1)
         x = self.model.embed(ask.x[:, asked])  # (R,A,C)
         positions = asked if ask.positions is None else ask.positions[asked]
-        cos, sin = self.model.rotary(positions, x.dtype)  # (1,A,rotary_dim/2) each
+        cos, sin = rotary_angles(positions, self.config, x.dtype)  # (1,A,rotary_dim/2) each
 
         layers = zip(self.model.layers, self.k, self.v, self.change, plans, strict=True)
         for layer, held_k, held_v, change, (due, most, row, rank) in layers:

@@ -10,7 +10,7 @@ Shapes: R rows, W window.
 import torch
 from torch import Tensor
 
-from ..strategies import REVISIONS, Counted, Now
+from ..strategies import REVISIONS, Now, Quota
 
 
 def times(now: Now) -> tuple[float, float, float]:
@@ -19,7 +19,7 @@ def times(now: Now) -> tuple[float, float, float]:
     return t, s, min(1.0, s / (1 - t)) if t < 1 else 1.0
 
 
-class Cap(Counted):
+class Cap(Quota):
     """Take the same sigma for every token: sigma = min(eta, sigma_max)."""
 
     def __init__(self, eta: float = 0.008) -> None:
@@ -46,7 +46,7 @@ class Rescale(Cap):
         return min(self.eta, 1.0) * most
 
 
-class Confidence(Counted):
+class Confidence(Quota):
     """Share sigma_max out among a row's tokens by softmax(-probability at commit): the least sure go back first.
 
     The paper fills holes as if sigma were 0, and the share of holes then grows beyond s. Here the holes of a row take

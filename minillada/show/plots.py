@@ -1,4 +1,4 @@
-"""Pictures of a run, where matplotlib is installed (extra `plot`)."""
+"""Draw a run, where matplotlib is installed (extra `plot`)."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ from statistics import fmean
 def loss_curve(run: Path) -> Path | None:
     """Draw RUN/log.jsonl as RUN/loss.png and return its path; None where matplotlib is not installed.
 
-    Left, the loss and the bound by step. Right, if the evaluations logged "levels" [[t, nats per masked token], ...],
-    the loss by masking level at the first, the middle and the last of them: the curve that explains the loss.
+    Left, the loss and the held-out figure by step. Right, if the evaluations logged "levels"
+    [[t, nats per masked token], ...], the loss by masking level at the first, the middle and the last of them.
     """
     try:
         from matplotlib.figure import Figure
@@ -32,10 +32,14 @@ def loss_curve(run: Path) -> Path | None:
 
 
 def draw_steps(axes, records: list[dict]) -> None:
-    """Every step's loss and its running mean, and the bound where it was evaluated. What is not finite is left out."""
+    """Draw every step's loss and its running mean, and the held-out figure where there is one. Leave out what is not
+    finite. Losses in nats per token become nats per character; those of VRPO stay as they are."""
+    prefers = any("preference_loss" in r for r in records)
+    held_out = "preference_loss" if prefers else "bound"
     finite = [r for r in records if r["loss"] is not None]
-    steps, losses = [r["step"] for r in finite], [r["loss"] / r["characters_per_token"] for r in finite]
-    bounds = [(r["step"], r["bound"]) for r in records if r["bound"] is not None]
+    steps = [r["step"] for r in finite]
+    losses = [r["loss"] / (1.0 if prefers else r["characters_per_token"]) for r in finite]
+    bounds = [(r["step"], r[held_out]) for r in records if r[held_out] is not None]
     width = max(1, len(losses) // 50)
     smooth = [fmean(losses[max(0, i - width + 1) : i + 1]) for i in range(len(losses))]
     label = f"training, mean of {width} steps" if width > 1 else "training"
@@ -44,11 +48,12 @@ def draw_steps(axes, records: list[dict]) -> None:
     axes.plot(*zip(*bounds, strict=True) if bounds else ((), ()), "o-", color="tab:orange", ms=4, label="validation")
     top = min(1.05 * max(losses), 2.5 * smooth[-1]) if losses else 0
     axes.set_ylim(0, top or 1)
-    axes.set(xlabel="step", ylabel="upper bound of −log p, nats per character")
+    height = "training: loss; validation: preference loss" if prefers else "upper bound of −log p, nats per character"
+    axes.set(xlabel="step", ylabel=height)
 
 
 def draw_levels(axes, evaluations: list[dict]) -> None:
-    """The validation's loss by masking level: few holes are easy, an empty canvas knows frequencies alone."""
+    """Draw the held-out loss by masking level: small with few holes, and with nothing but holes that of frequencies."""
     chosen = sorted({0, len(evaluations) // 2, len(evaluations) - 1})
     for i, shade in zip(chosen, ("#fdc086", "#f0801a", "#8c3a04")[-len(chosen) :], strict=True):
         t, nats = zip(*evaluations[i]["levels"], strict=True)

@@ -103,20 +103,20 @@ def watch(
     stages: int = 5,
     start: int = 0,
     pause: float = 0.0,
-) -> Step:
-    """Draw every step over the one before it in a terminal, or elsewhere a few stages one below the other.
+) -> Iterator[Step]:
+    """Yield the same steps, each drawn: in a terminal over the one before, elsewhere a few stages one below the other.
 
-    Returns the last step. What was committed in a step is reversed, what was taken back is red; green, yellow and
-    magenta say how probable a token was when it was committed. NO_COLOR and TERM=dumb are honoured. start: the first
-    column to draw. pause: seconds to hold each step in a terminal. While it works, a canvas taller than the terminal
-    shows its end; then all of it.
+    What was committed in a step is reversed, what was taken back is red; green, yellow and magenta say how probable a
+    token was when it was committed. NO_COLOR and TERM=dumb are honoured. start: the first column to draw. pause:
+    seconds to hold each step in a terminal. While it works, a canvas taller than the terminal shows its end; then all
+    of it.
     """
     out = out or sys.stdout
     live = out.isatty() and os.environ.get("TERM") != "dumb"
     colour = live and "NO_COLOR" not in os.environ
-    height, last, shown, first_holes = 0, None, -1.0, None
+    height, parts, shown, first_holes = 0, None, -1.0, None
     for step, frame in frames(steps, row, start):
-        last, parts = step, pieces(*frame, tokenizer)
+        parts = pieces(*frame, tokenizer)
         if live:
             size = shutil.get_terminal_size()  # each time anew: a window may be resized
             lines = layout(parts, size.columns - 1, colour)[-max(1, size.lines - 2) :]
@@ -132,10 +132,10 @@ def watch(
                 shown = done
         out.flush()
         time.sleep(pause if live else 0)
-    if live and last is not None:
+        yield step
+    if live and parts is not None:
         out.write(over(height) + "\n".join(layout(parts, size.columns - 1, False)) + "\n")
         out.flush()
-    return last
 
 
 def over(height: int) -> str:

@@ -49,7 +49,7 @@ class Trace:
             kept.append([getattr(step, name)[row, start:] for name in names])
             if step.rivals is not None:
                 places = step.committed.nonzero().tolist()
-                found = zip(places, step.rivals.tokens.tolist(), step.rivals.probability.tolist(), strict=True)
+                found = zip(places, *(column.tolist() for column in step.rivals), strict=True)
                 rivals |= {(len(kept) - 1, place - start): (ids, p) for (r, place), ids, p in found if r == row}
         if not kept:
             raise BadInput("trace: expected at least one step, got none; give a canvas with holes")

@@ -1,0 +1,50 @@
+"""Talk with a model over several turns, in the terminal."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+
+from ..errors import BadInput, check_whole
+from ..sampler import stream
+from ..text.chat import check_size
+from .ask import Talker, show, to_write
+from .cli import complain
+
+
+def chat(args: argparse.Namespace, talker: Talker) -> None:
+    """Answer turn after turn until the input ends. A message that cannot be used costs one line, and the chat goes on.
+
+    /reset forgets the turns so far; the oldest ones are forgotten when they no longer fit the model's length.
+    """
+    args.quiet = args.quiet or not sys.stdout.isatty()
+    c, messages = talker.model.config, []
+    length = args.gen_len or min(128, c.max_len // 2)
+    check_whole("gen_len", length, 1, c.max_len - 1)
+    talker.template.render(["user"], ["Hi"])  # a template that fails does so at once
+    for text in lines_of_user():
+        if text.strip() in ("", "/reset"):
+            messages = messages if not text.strip() else []
+            continue
+        try:
+            check_size("message", text)
+            kept, prompt = talker.template.fit([*messages, {"role": "user", "content": text}], c.max_len - length)
+            if len(kept) <= len(messages):
+                print(f"(the oldest {len(messages) + 1 - len(kept)} messages no longer fit and are forgotten)")
+            asked = to_write(args, talker, prompt, len(prompt))
+            new = show(args, talker, asked, stream(talker.model, asked.canvas, asked.config, args.seed))
+            messages = [*kept, {"role": "assistant", "content": talker.tokenizer.decode(new)}]
+        except BadInput as error:
+            complain(str(error))
+
+
+def lines_of_user() -> Iterator[str]:
+    """Yield what a person types, up to /quit or the end of the input."""
+    with suppress(ImportError):  # none on Windows, whose console does it
+        import readline  # noqa: F401 input() then knows arrow keys and earlier lines
+    here = sys.stdin.isatty()
+    try:
+        while (text := input("you> " if here else "")).strip() != "/quit":
+            yield text
+    except EOFError:
+        print(end="\n" if here else "")
