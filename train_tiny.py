@@ -1,20 +1,20 @@
 """Train a small masked-diffusion language model on a text, watching it learn to write."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from tqdm import tqdm
 
 from minillada.commands.cli import Interrupted, Parser, fresh_run, run
+from minillada.errors import BadInput
 from minillada.sampler import SampleConfig, generate
 from minillada.show.plots import loss_curve
 from minillada.text.tokenizer import display
-from minillada.training.config import PRESETS, TrainConfig
+from minillada.training.config import PRESETS, RunConfig, SFTConfig, TrainConfig, VRPOConfig
 from minillada.training.distributed import agree, processes, rank, together
 from minillada.training.loggers import LOGGERS, make
-from minillada.training.run import TrainStep, train
-from minillada.training.sft import add_tuning, tuned
+from minillada.training.run import RunStep, train
 from minillada.weights.device import pick_device
 
 EXAMPLES = """examples:
@@ -28,8 +28,8 @@ EXAMPLES = """examples:
 presets: """ + ", ".join(name for name in PRESETS if "train" in PRESETS[name])
 
 
-def parse() -> tuple[TrainConfig | None, Path | None, dict, str | None]:
-    """What to train, or to resume with what changes; and the logger."""
+def options() -> Parser:
+    """Return the parser of this script's options. One that is not given is None, and the config's default holds."""
     p = Parser(__doc__, EXAMPLES)
     p.add_argument("--data", nargs="+", help="docs (Python's own reference; the default), tales, shakespeare, or paths")
     p.add_argument("--preset", help="size and recipe (default: tiny)")
@@ -40,80 +40,111 @@ def parse() -> tuple[TrainConfig | None, Path | None, dict, str | None]:
     p.add_argument("--length", type=int, help="tokens of context")
     p.add_argument("--optimizer", help="of the matrices: muon (default) or adamw")
     p.add_argument("--lr", type=float, help="its learning rate")
-    p.add_argument("--process", help="how to noise: exact-count, bernoulli-mean or bernoulli (LLaDA's 1/t)")
-    p.add_argument("--precision", help="auto (measured), float32 or bfloat16")
+    p.add_argument("--process", help="how to noise: exact-count, bernoulli-mean, bernoulli (LLaDA's), bernoulli-cosine")
+    p.add_argument("--precision", help="float32, bfloat16 or auto: bfloat16 if the device has instructions for it")
     p.add_argument("--eval-every", type=int, help="steps between validations and samples")
     p.add_argument("--checkpoint-every", type=int, help="steps between checkpoints (default: every validation)")
     p.add_argument("--keep", type=int, help="last checkpoints to keep, beside the best (default: 3; 0: all)")
     p.add_argument("--out", type=Path, help="run directory (default: a fresh one under runs/)")
     p.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, with its own options")
-    p.add_argument("--seed", type=int, default=0, help="same seed, same machine, same numbers (default: 0)")
+    p.add_argument("--seed", type=int, help="same seed, same machine, same numbers (default: 0)")
     p.add_argument("--device", help="auto, cpu, cuda or mps (default: auto, or that of the run to resume)")
     p.add_argument("--accumulate", type=int, metavar="N", help="split a batch into N passes: less memory, same result")
-    p.add_argument("--recompute", action="store_true", help="compute every block twice: less memory, more time")
-    p.add_argument("--compile", action="store_true", help="use torch.compile")
-    p.add_argument("--shard", action="store_true", default=None, help="under torchrun: FSDP2 in place of DDP")
+    on, off = {"action": "store_true", "default": None}, {"action": "store_false", "default": None}
+    p.add_argument("--recompute", **on, help="compute every layer twice: less memory, more time")
+    p.add_argument("--compile", **on, help="use torch.compile")
+    p.add_argument("--shard", **on, help="under torchrun: FSDP2 in place of DDP")
     p.add_argument("--log", choices=list(LOGGERS), help="besides log.jsonl")
-    add_tuning(p)
-    args = vars(p.parse_args())
-    log, resume = args.pop("log"), args.pop("resume")
-    args["device"] = pick_device(args["device"] or "auto") if args["device"] or not resume else None
-    if resume:
-        return None, resume, {name: args[name] for name in ("device", "shard") if args[name] is not None}, log
-    data, kind = (args := tuned(args))["data"], args["preset"] or args["objective"] or "tiny"
-    args["out"] = str(args["out"] or fresh_run(f"{Path(data if isinstance(data, str) else data[0]).stem}-{kind}"))
-    return TrainConfig(**{name: value for name, value in args.items() if value is not None}), None, {}, log
+    more = p.add_argument_group("to go on from a trained model (docs/assistant.md)")
+    more.add_argument("--sft", metavar="DATA", help="teach it to answer: JSONL with prompt and answer, or messages")
+    more.add_argument("--prefer", metavar="DATA", help="VRPO: JSONL with prompt, chosen and rejected")
+    more.add_argument("--from", dest="start", metavar="RUN", help="the run or model directory to begin with")
+    more.add_argument("--lora", type=int, metavar="RANK", help="train adapters, which are merged when saved")
+    more.add_argument("--no-eos-padding", dest="eos_padding", **off, help="SFT: one end of text per answer")
+    more.add_argument("--samples", type=int, metavar="N", help="VRPO: masking levels for each bound (default: 8)")
+    more.add_argument("--masks", type=int, metavar="N", help="VRPO: masks at each of them (default: 1)")
+    more.add_argument("--no-shared", dest="shared", **off, help="VRPO: other masks for the reference")
+    more.add_argument("--beta", type=float, help="VRPO: of the preference loss (default: 0.2)")
+    more.add_argument("--sft-share", type=float, help="VRPO: of SFT's loss on the chosen answers (default: 0.05)")
+    return p
 
 
-def introduce(step: TrainStep, where: str) -> None:
+def config_for(given: dict) -> RunConfig:
+    """Return the config that options ask for, by field. Raises BadInput for those that do not go together."""
+    tuned = {kind: given.pop(name) for name, kind in (("sft", SFTConfig), ("prefer", VRPOConfig)) if name in given}
+    kind, data = next(iter(tuned.items()), (TrainConfig, None))
+    if len(tuned) > 1:
+        raise BadInput(f"prefer: expected none with --sft, got {tuned[VRPOConfig]!r}; leave one of them out")
+    if tuned and "start" not in given:
+        raise BadInput("from: expected a run or model directory to begin with, got none; add --from RUN")
+    asked = "--prefer" if kind is VRPOConfig else "--sft" if kind is SFTConfig else "pre-training"
+    allowed = {field.name for field in fields(kind)} - ({"data"} if tuned else set())
+    for name in given.keys() - allowed:
+        option = "from" if name == "start" else name
+        raise BadInput(f"{option}: expected none with {asked}, got {given[name]!r}; leave it out")
+    data = [data] if tuned else given.pop("data", ["docs"])
+    name = f"{Path(data[0]).stem}-{kind.objective if tuned else given.get('preset', 'tiny')}"
+    out = str(given.pop("out", None) or fresh_run(name))
+    return kind(**given, data=data[0] if len(data) == 1 else tuple(data), out=out)
+
+
+def introduce(step: RunStep, where: Path) -> None:
+    """Say what is trained, and on what."""
     c, text = step.model.config, step.text
     print(f"{where}: {len(text.train) + len(text.val):,} tokens of {text.characters_per_token:.2f} characters, "
           f"{c.vocab_size} kinds; the last tenth validates")  # fmt: skip
     print(f"model: {step.model.n_parameters():,} parameters, {c.n_layer} layers of width {c.d_model}")
 
 
-def sample(step: TrainStep) -> str:
-    """What it writes by now, or how it goes on from a held-out prompt, on one line."""
-    prompt = getattr(step.text, "prompt", [])
-    length = min(64, step.config.length - len(prompt))
+def sample(step: RunStep) -> str:
+    """Return what the model writes by now, or how it answers a held-out prompt, on one line."""
+    prompt = [] if isinstance(step.config, TrainConfig) else step.text.prompt
+    length = min(64, step.length - len(prompt))
     config = SampleConfig(length, length, length, temperature=0.7, remasking="random")
     return " ".join(display(step.tokenizer.decode(prompt + generate(step.model, [prompt], config)[0])).split())
 
 
-def follow(config: TrainConfig | None, resume: Path | None, moved: dict, log: str | None) -> None:
-    """Train, and show how it goes."""
+def follow(config: RunConfig | None, resume: Path | None, moved: dict, log: str | None) -> int:
+    """Train, and show how it goes. Return the exit code."""
     where = resume or Path(config.out)
     interrupted, bar, loss = Interrupted(), None, None
     for step in train(config, resume, stop=interrupted, **moved):
         if bar is None:
-            introduce(step, str(where))
+            introduce(step, where)
             look = {"unit": "step", "mininterval": 0.5, "dynamic_ncols": True, "disable": None if rank() == 0 else True}
             bar = tqdm(total=step.config.steps, initial=step.step - 1, **look)
             tell = make(log, where, asdict(step.config)) if log and rank() == 0 else lambda record: None
         for notice in step.notices:
             bar.write(notice)
-        if math.isfinite(nats := step.loss / step.text.characters_per_token):
-            loss = nats if loss is None else 0.95 * loss + 0.05 * nats
-            bar.set_postfix_str(f"{step.config.units(loss)}, {step.tokens_per_second:,.0f} tok/s")
+        if math.isfinite(step.loss):
+            loss = step.loss if loss is None else 0.95 * loss + 0.05 * step.loss
+            means = step.config.loss_units(loss, step.text.characters_per_token)
+            bar.set_postfix_str(f"{means}, {step.tokens_per_second:,.0f} tok/s")
         bar.update()
         tell(step.record())
         if step.bound is not None:
             bar.write(f"step {step.step}: validation {step.config.units(step.bound)}   {sample(step)}")
     bar.close()
-    bound, how = step.config.units(step.bound), "--chat" if step.config.start else "--prompt 'The'"
-    print(f"validation: {bound} after {step.step} steps, {step.seconds:.0f} s; best at step {step.best}")
+    print(f"validation: {step.config.units(step.bound)} after {step.step} steps, {step.seconds:.0f} s; "
+          f"best at step {step.best}")  # fmt: skip
     print(f"saved in {where}" + (f", loss curve in {png}" if rank() == 0 and (png := loss_curve(where)) else ""))
     (code,) = agree(interrupted.code())
+    how = "--prompt 'The'" if isinstance(step.config, TrainConfig) else "--chat"
     print(f"interrupted; go on with: python train_tiny.py --resume {where}" if code else
           f"write with it: python sample.py {where} {how}")  # fmt: skip
-    raise SystemExit(int(code))
+    return int(code)
 
 
 def main() -> None:
     with processes():
         with together():
-            options = parse()
-        follow(*options)
+            given = {name: value for name, value in vars(options().parse_args()).items() if value is not None}
+            log, resume = given.pop("log", None), given.pop("resume", None)
+            if not resume or "device" in given:
+                given["device"] = pick_device(given.get("device", "auto"))
+            config = None if resume else config_for(given)
+            moved = {name: given[name] for name in ("device", "shard") if name in given} if resume else {}
+        raise SystemExit(follow(config, resume, moved, log))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """minillada: LLaDA, the masked-diffusion language model, small enough to read."""
 
-from .canvas import Canvas
+from . import decoding  # noqa: F401 whose files register their methods
 from .errors import BadInput, BadLuck
 from .measure.likelihood import exact_bound, log_likelihood, log_likelihoods
 from .model import LLaDA, ModelConfig
-from .sampler import SampleConfig, Step, generate, stream
+from .sampler import Canvas, SampleConfig, Step, generate, stream
 from .text.tokenizer import Tokenizer
-from .training.config import TrainConfig
-from .training.run import TrainStep, train
+from .train import TrainStep
+from .training.config import SFTConfig, TrainConfig, VRPOConfig
+from .training.run import train
 from .weights.checkpoint import load, save
 
 __all__ = [
-    "BadInput", "BadLuck", "Canvas", "LLaDA", "ModelConfig", "SampleConfig", "Step", "Tokenizer", "TrainConfig",
-    "TrainStep", "exact_bound", "generate", "load", "log_likelihood", "log_likelihoods", "save", "stream", "train",
+    "BadInput", "BadLuck", "Canvas", "LLaDA", "ModelConfig", "SFTConfig", "SampleConfig", "Step", "Tokenizer",
+    "TrainConfig", "TrainStep", "VRPOConfig", "exact_bound", "generate", "load", "log_likelihood", "log_likelihoods",
+    "save", "stream", "train",
 ]  # fmt: skip

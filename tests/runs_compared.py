@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from minillada import TrainConfig, train
+from minillada import train
+from minillada.training.config import RunConfig
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -18,7 +19,7 @@ def logged(run: Path, *names: str) -> list[list[float]]:
     return [[line[name] for name in names] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())]
 
 
-def assert_an_interruption_changes_nothing(config: Callable[..., TrainConfig], directory: Path, *names: str) -> None:
+def assert_an_interruption_changes_nothing(config: Callable[..., RunConfig], directory: Path, *names: str) -> None:
     """Six steps, and six that stop after four and resume, have the same log and weights; which are not the first."""
     whole, parts = directory / "whole", directory / "parts"
     list(train(config(out=str(whole))))

@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 
@@ -19,16 +18,15 @@ from safetensors.torch import load_file
 
 import minillada
 from minillada import BadInput, TrainConfig, train
-from minillada.training import optim
+from minillada.training import pretraining
 from minillada.training.distributed import agree, check_same, gathered, in_turn, processes, rank, share, together
-from minillada.training.optim import make_optimizers
-from minillada.training.state import State
+from minillada.training.run import make
 
 ROOT = Path(__file__).parents[1]
 QUICK = {"preset": "nano", "steps": 6, "batch_size": 4, "length": 16, "eval_every": 3, "precision": "float32"}
 QUICK |= {"data": "tales", "tokenizer": "characters"}
 CLOSE = {"rel": 2e-4}  # float32 sums in another order, through Muon's bfloat16
-LOSS = optim.pretraining_loss
+LOSS = pretraining.pretraining_loss
 
 gloo = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available() or sys.platform == "win32",
@@ -40,7 +38,7 @@ def crash(*calls: int) -> None:
     """Give rank 1, or the only process, a NaN for a loss in these of its steps."""
     numbers = count(1)
     here = int(os.environ.get("RANK", "1")) == 1
-    optim.pretraining_loss = lambda *a: LOSS(*a) * (math.nan if here and next(numbers) in calls else 1.0)
+    pretraining.pretraining_loss = lambda *a: LOSS(*a) * (math.nan if here and next(numbers) in calls else 1.0)
 
 
 def told(out: Path | None = None, resume: Path | None = None, stop_after: int | None = None, **changes) -> list[list]:
@@ -82,18 +80,16 @@ def endings() -> dict:
 
 def gather_of_half_a_state() -> bool:
     """Whether what a sharded optimiser's state is gathered to is whole in rank 0 and nothing elsewhere."""
-    with ExitStack() as stack:
-        now = State(stack, TrainConfig(**QUICK, shard=True), None, {})
-        for optimizer in make_optimizers(now.model, now.config):
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
-                p.grad = torch.ones_like(p)
-            optimizer.step()
-            for i, of in gathered(optimizer.state_dict())["state"].items():
-                whole = [tensor for name, tensor in of.items() if name != "step"]
-                p = optimizer.param_groups[0]["params"][i]
-                assert p.to_local().shape != p.shape or len(p) == 1
-                if not all(x.shape == p.shape for x in whole) if rank() == 0 else any(x is not None for x in whole):
-                    return False
+    for optimizer in make(TrainConfig(**QUICK, shard=True)).optimizers:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        for i, of in gathered(optimizer.state_dict())["state"].items():
+            whole = [tensor for name, tensor in of.items() if name != "step"]
+            p = optimizer.param_groups[0]["params"][i]
+            assert p.to_local().shape != p.shape or len(p) == 1
+            if not all(x.shape == p.shape for x in whole) if rank() == 0 else any(x is not None for x in whole):
+                return False
     return True
 
 
@@ -127,7 +123,7 @@ def directory(tmp_path_factory) -> Path:
         alone = {"whole": told(directory / "alone"), "adamw": told(optimizer="adamw", lr=0.003)}
         crash(5)
         alone["crashed"] = told()
-        optim.pretraining_loss = LOSS
+        pretraining.pretraining_loss = LOSS
         for name in ("for ddp", "for fsdp"):
             told(directory / name, stop_after=3)
         with socket.socket() as free:

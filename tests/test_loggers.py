@@ -61,6 +61,13 @@ def test_tensorboard_gets_every_number_and_the_loss_by_level(made, tmp_path):
     assert [name for name, *_ in writer.calls][-1] == "flush" and len(writer.told("flush")) == 1
 
 
+def test_an_evaluation_of_preferences_is_flushed_too(made, tmp_path):
+    log = loggers.make("tensorboard", tmp_path, {})
+    for loss in (None, 0.5):
+        log({"step": 1, "loss": 2.5, "preference_loss": loss})
+    assert len(made[0].told("flush")) == 1
+
+
 def test_weights_and_biases_gets_every_number_under_its_step(made, tmp_path):
     log = loggers.make("wandb", tmp_path / "docs-1", {"lr": 0.01})
     for record in RECORDS:

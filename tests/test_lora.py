@@ -1,6 +1,5 @@
 import json
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,9 +8,9 @@ from oracles import GOLDEN, tiny_model
 from talkers import write_tokenizer
 
 import minillada
-from minillada import BadInput, TrainConfig, train
+from minillada import BadInput, SFTConfig, VRPOConfig, train
 from minillada.training.lora import LoRA, adapt, adapters, merged, without_adapters
-from minillada.training.state import State
+from minillada.training.run import Rescue, make
 from minillada.weights.quantize import quantize
 
 TOKENS = torch.arange(12).view(2, 6)
@@ -54,7 +53,7 @@ def test_merging_copies_nothing_but_what_it_changes():
     model = adapted(moved=0.1)
     plain = dict(merged(model).named_parameters())
     shared = {name for name, p in model.named_parameters() if name in plain and p.data_ptr() == plain[name].data_ptr()}
-    assert plain.keys() - shared == {f"blocks.{i}.attn.{p}.weight" for i in range(2) for p in "qkvo"}
+    assert plain.keys() - shared == {f"layers.{i}.attn.{p}.weight" for i in range(2) for p in "qkvo"}
 
 
 def test_without_its_adapters_a_model_is_what_it_was():
@@ -73,7 +72,7 @@ def test_nothing_but_the_adapters_of_attention_learns(fields):
     model = adapted(moved=0.1, **fields)
     model(TOKENS).sum().backward()
     learning = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert learning == {f"blocks.{i}.attn.{p}.{part}" for i in range(2) for p in "qkvo" for part in ("up", "down")}
+    assert learning == {f"layers.{i}.attn.{p}.{part}" for i in range(2) for p in "qkvo" for part in ("up", "down")}
     assert sum(p.numel() for p in adapters(model)) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -123,9 +122,11 @@ def test_a_golden_checkpoint_takes_a_step_with_adapters_and_its_merged_save_load
     golden, tmp_path, objective, dtype
 ):
     start, out = golden / dtype, tmp_path / "run"
-    config = TrainConfig(
-        objective=objective, start=str(start), data=str(golden / f"{objective}.jsonl"), out=str(out), lora=4, steps=2,
-        batch_size=2, samples=2, warmup=0.0, precision="float32",
+    kind = {"sft": SFTConfig, "prefer": VRPOConfig}[objective]
+    more = {"samples": 2} if objective == "prefer" else {}
+    config = kind(
+        start=str(start), data=str(golden / f"{objective}.jsonl"), out=str(out), lora=4, steps=2,
+        batch_size=2, warmup=0.0, precision="float32", **more,
     )  # fmt: skip
     (*_, last) = train(config)
     before, _ = minillada.load(start)
@@ -134,19 +135,18 @@ def test_a_golden_checkpoint_takes_a_step_with_adapters_and_its_merged_save_load
     held = lambda model: {name: p.dtype for name, p in model.state_dict().items()}
     assert held(after) == held(before) and after.embed.weight.dtype == getattr(torch, dtype)
     changed = {name for name, p in after.state_dict().items() if not torch.equal(p, before.state_dict()[name])}
-    assert changed == {f"blocks.{i}.attn.{p}.weight" for i in range(before.config.n_layer) for p in "qkvo"}
+    assert changed == {f"layers.{i}.attn.{p}.weight" for i in range(before.config.n_layer) for p in "qkvo"}
     tokens = torch.arange(20)[None]
     assert torch.equal(after(tokens), merged(last.model)(tokens))
 
 
 def test_adapters_are_all_that_optimisers_and_going_back_remember(golden):
-    config = TrainConfig(objective="sft", start=str(golden / "bfloat16"), data=str(golden / "sft.jsonl"), lora=4,
+    config = SFTConfig(start=str(golden / "bfloat16"), data=str(golden / "sft.jsonl"), lora=4,
                          batch_size=2, steps=1, precision="float32")  # fmt: skip
-    with ExitStack() as stack:
-        now = State(stack, config, None, {})
-        n = sum(p.numel() for p in adapters(now.model))
-        weights, *_ = now.good
-        assert sum(t.numel() for t in weights.values()) == n < now.model.n_parameters() / 4
-        assert all(t.dtype == torch.float32 for t in weights.values())
+    now = make(config)
+    n = sum(p.numel() for p in adapters(now.model))
+    weights, *_ = Rescue(now.trained, now.optimizers).good
+    assert sum(t.numel() for t in weights.values()) == n < now.model.n_parameters() / 4
+    assert all(t.dtype == torch.float32 for t in weights.values())
     (step,) = train(config)
     assert sum(p.grad is not None for p in step.model.parameters()) == 0  # nothing is left behind

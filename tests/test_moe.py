@@ -1,6 +1,7 @@
 """The mixture of experts: the sorted, grouped layer equals the loop over experts, and its load can be balanced."""
 
 import copy
+import itertools
 import json
 import math
 
@@ -13,9 +14,12 @@ from oracles import tiny_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from minillada.diffusion import pretraining_loss
 from minillada.errors import BadInput
 from minillada.model import MoE
+from minillada.train import Pretraining
 from minillada.training.balance import (
+    Balanced,
     Routing,
     auxiliary_loss,
     balance_loss,
@@ -24,6 +28,7 @@ from minillada.training.balance import (
     watch_routing,
     z_loss,
 )
+from minillada.training.config import TrainConfig
 
 EXPERTS = {"n_expert": 6, "n_expert_active": 2, "d_expert": 8}
 SIGMOID = {"router": "sigmoid", "router_renormalise": True, "router_scale": 2.5}
@@ -337,6 +342,68 @@ def test_activation_checkpointing_changes_no_gradient():
     expected = gradients(plain, x)
     for name, gradient in gradients(saving, x).items():
         assert torch.allclose(gradient, expected[name], atol=1e-6), name
+
+
+def balanced(parts: int = 1, reference=None, **fields) -> Balanced:
+    """Pre-training on one batch, in equal parts, balanced; before each part the reference is evaluated, if given."""
+
+    class Parts(Pretraining):
+        def losses(self, model, batch, rng):
+            x0, noised = self.noise(batch, rng)
+            for rows in torch.arange(len(x0)).chunk(parts):
+                if reference is not None:
+                    with torch.no_grad():
+                        reference(x0)
+                yield pretraining_loss(model, x0[rows], type(noised)(*(x[rows] for x in noised))) / parts
+
+    rows = torch.arange(24).view(4, 6) % 13
+    config = TrainConfig(**{"balance": 1.0, "z_loss": 0.1, "accumulate": parts} | fields)
+    return Balanced(Parts(lambda start: itertools.repeat(rows), rows, 15), config)
+
+
+def taken(model, objective, seed: int = 0) -> tuple[float, list[Tensor]]:
+    """The loss of a batch, and its gradients."""
+    model.zero_grad()
+    loss = 0.0
+    for part in objective.losses(model, next(objective.batches(0)), torch.Generator().manual_seed(seed)):
+        part.backward()
+        loss += part.item()
+    return loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def test_a_balanced_objective_reports_its_own_loss_and_adds_the_gradient_of_balancing():
+    model, objective = tiny_model(**EXPERTS), balanced()
+    loss, gradients = taken(model, objective)
+    plain, expected = taken(model, objective.objective)
+    assert loss == plain and any(not torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    model.zero_grad()
+    with watch_routing(model) as routings:
+        (part,) = objective.objective.losses(model, next(objective.batches(0)), torch.Generator().manual_seed(0))
+    (part + auxiliary_loss(routings, 1.0, 0.1)).backward()
+    for mine, p in zip(gradients, (p for p in model.parameters() if p.grad is not None), strict=True):
+        assert torch.allclose(mine, p.grad, atol=1e-6)
+    assert objective.numbers == routing_report(routings)
+
+
+def test_every_part_of_a_batch_is_balanced_by_its_share_and_a_reference_is_not():
+    model, objective = tiny_model(**EXPERTS), balanced(parts=2)
+    loss, _ = taken(model, objective)
+    assert loss == taken(model, objective.objective)[0] and len(objective.routings) == 4  # two parts, two layers
+    assert sum(objective.numbers["load"][0]) == pytest.approx(1, abs=1e-3)
+    model, with_reference = tiny_model(**EXPERTS), balanced(parts=2)
+    seen = taken(model, with_reference)[1]
+    for mine, theirs in zip(seen, taken(model, balanced(parts=2, reference=model))[1], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_biases_move_between_steps_and_only_at_a_rate():
+    model, objective = tiny_model(**EXPERTS, **SIGMOID), balanced()
+    taken(model, objective)
+    objective.move_biases()
+    assert not model.layers[0].ffn.router_bias.any()
+    objective.bias_rate = 0.1
+    objective.move_biases()
+    assert model.layers[0].ffn.router_bias.abs().max().item() == pytest.approx(0.1)
 
 
 def test_a_report_is_json_and_every_visit_is_counted():

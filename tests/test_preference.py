@@ -9,12 +9,10 @@ import torch
 from oracles import Oracle, tiny_model
 from runs_compared import assert_an_interruption_changes_nothing
 
-from minillada import BadInput, TrainConfig, exact_bound, load, save, train
-from minillada.diffusion import pretraining_loss
+from minillada import BadInput, TrainConfig, VRPOConfig, exact_bound, load, save, train
 from minillada.training.lora import adapt
-from minillada.training.optim import add_gradients
-from minillada.training.sft import Items, hide_padding
-from minillada.training.vrpo import VRPO, preference_loss, scores, vrpo_loss
+from minillada.training.sft import PADDING, Items
+from minillada.training.vrpo import VRPO, Drawn, preference_loss, scores, vrpo_loss
 
 QUICK = {"steps": 6, "batch_size": 4, "eval_every": 3, "precision": "float32"}
 # Two pairs: (prompt, chosen), (prompt, rejected); of unequal lengths, so that rows are filled up.
@@ -30,25 +28,25 @@ def private_cache(monkeypatch, tmp_path_factory):
 
 
 def made(seed: int = 0, double: bool = False) -> torch.nn.Module:
-    model = tiny_model(seed).double() if double else tiny_model(seed)
-    model.register_forward_pre_hook(hide_padding, with_kwargs=True)
-    return model
+    return tiny_model(seed).double() if double else tiny_model(seed)
 
 
 def lesson(reference: torch.nn.Module | None, **changes) -> VRPO:
-    config = TrainConfig(objective="prefer", start="somewhere", data="some.jsonl", **changes)
-    learner = VRPO(Items(None, None, 1.0, 1.0, "", ITEMS, ITEMS, 7), config, tiny_model().config)
-    learner.reference = reference
-    return learner
+    config = VRPOConfig(start="somewhere", data="some.jsonl", precision="float32", **changes)
+    return VRPO(Items(None, None, 1.0, 1.0, "", ITEMS, ITEMS, 7), config, 15, reference)
 
 
-def compared(model, reference, seed: int = 0, items=ITEMS, **changes) -> tuple[torch.Tensor, ...]:
-    return lesson(reference, **changes).compare(model, items, "float32", torch.Generator().manual_seed(seed))
+@torch.no_grad()
+def compared(model, reference, seed: int = 0, items=ITEMS, **changes) -> tuple[Drawn, torch.Tensor, torch.Tensor]:
+    """What is drawn of a batch, and the bounds of the model and of the reference, (P,2,N) each."""
+    learner = lesson(reference, **changes)
+    drawn = learner.draw(items, torch.Generator().manual_seed(seed))
+    return drawn, *learner.bounds(model, drawn, torch.arange(len(items)))
 
 
 def sampled_scores(model, reference, items=ITEMS[:1], repetitions: int = 300, **changes) -> torch.Tensor:
     """(repetitions,) of one pair."""
-    return scores(*compared(model, reference, items=items * repetitions, **changes)[2:4])
+    return scores(*compared(model, reference, items=items * repetitions, **changes)[1:])
 
 
 # ---- the loss
@@ -61,9 +59,12 @@ def test_a_model_that_is_the_reference_scores_exactly_zero_and_loses_ln_2_for_ev
     if how == "adapters":
         adapt(model, 2, torch.Generator())
     for seed in range(20):
-        _, _, policy, theirs, _ = compared(model, reference, seed)
+        _, policy, theirs = compared(model, reference, seed)
         assert (scores(policy, theirs) == 0).all()
         assert preference_loss(policy, theirs).item() == torch.tensor(2.0).log().item()
+        learner = lesson(reference, sft_share=0.0, batch_size=2)
+        (loss,) = learner.losses(model, ITEMS, torch.Generator().manual_seed(seed))  # and with a gradient
+        assert loss.item() == torch.tensor(2.0).log().item() and learner.numbers == {"score": 0, "preferred": 0}
 
 
 def test_without_sharing_the_score_of_the_reference_itself_fluctuates():
@@ -99,38 +100,40 @@ def test_the_loss_is_dpos_with_bounds_summed_over_tokens():
 
 @pytest.mark.parametrize("changes", [{}, {"shared": False}, {"samples": 2, "masks": 3}, {"accumulate": 2}])
 def test_the_gradient_is_that_of_the_loss(changes):
-    """Training evaluates twice and weighs rows; here is the loss itself, differentiated in one piece."""
+    """Training takes the pairs in parts, and asks for masked positions alone; here is the loss in one piece."""
     model, reference = made(0), made(1)
     learner = lesson(reference, batch_size=2, sft_share=0.3, **changes)
-    x0, weighed, told = learner.noise(model, ITEMS, "float32", torch.Generator().manual_seed(3))
-    add_gradients(model, x0, weighed, learner.config, "float32")
+    total = 0.0
+    for part in learner.losses(model, ITEMS, torch.Generator().manual_seed(3)):
+        part.backward()
+        total += part.item()
     ours = [p.grad.clone() for p in model.parameters()]
 
     model.zero_grad()
-    x0, noised, _, theirs, length = learner.compare(model, ITEMS, "float32", torch.Generator().manual_seed(3))
-    n = theirs.shape[-1]
-    logits = model(noised.xt).log_softmax(-1)
+    drawn, _, theirs = compared(model, reference, 3, sft_share=0.3, **changes)
+    x0, noised, n = drawn.x0, drawn.noised, theirs.shape[-1]
+    logits = model(noised.xt.clamp(min=0), attn_mask=(x0 != PADDING)[:, None, None]).log_softmax(-1)
     nats = -logits.gather(-1, x0.clamp(min=0)[..., None])[..., 0]
-    policy = (nats * noised.masked).sum(1) * noised.weight
-    loss = vrpo_loss(policy.view(-1, 2, n), theirs, length, sft=0.3)
+    policy = ((nats * noised.masked).sum(1) * noised.weight).view(-1, 2, n)
+    loss = vrpo_loss(policy, theirs, drawn.length, sft=0.3)
     loss.backward()
-    assert told["loss"] == pytest.approx(loss.item(), rel=1e-5) and length.tolist() == [2, 3]
+    assert total == pytest.approx(loss.item(), rel=1e-5) and drawn.length.tolist() == [2, 3]
+    assert learner.numbers["score"] == pytest.approx(scores(policy, theirs).mean().item(), rel=1e-4)
+    assert learner.numbers["preferred"] == (scores(policy, theirs) > 0).float().mean().item()
+    assert all(p.grad is None for p in reference.parameters())
     for mine, p in zip(ours, model.parameters(), strict=True):
         torch.testing.assert_close(mine, p.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_the_slope_of_the_loss_is_the_only_thing_that_the_weights_add():
+def test_the_gradient_pulls_every_bound_by_the_slope_of_the_loss():
     model, reference = made(0), made(1)
     learner = lesson(reference, sft_share=0.0)
-    rng = lambda: torch.Generator().manual_seed(1)
-    x0, weighed, _ = learner.noise(model, ITEMS[:1], "float32", rng())
-    x0, noised, policy, theirs, _ = learner.compare(model, ITEMS[:1], "float32", rng())
+    drawn = learner.draw(ITEMS[:1], torch.Generator().manual_seed(1))
+    policy, theirs = learner.bounds(model, drawn, torch.arange(1))
+    assert policy.requires_grad and not theirs.requires_grad
+    (found,) = torch.autograd.grad(preference_loss(policy, theirs), policy)
     slope = 0.2 * torch.sigmoid(-0.2 * scores(policy, theirs)).item() / 8  # chosen: bound down; rejected: bound up
-    signs = torch.tensor([1.0] * 8 + [-1.0] * 8)
-    torch.testing.assert_close(weighed.weight, noised.weight * signs * slope * x0.numel())
-    assert pretraining_loss(model, x0, weighed).item() == pytest.approx(
-        slope * (policy[0, 0].sum() - policy[0, 1].sum()).item(), rel=1e-4
-    )
+    torch.testing.assert_close(found[0], slope * torch.tensor([[1.0] * 8, [-1.0] * 8]))
 
 
 # ---- the estimate
@@ -145,9 +148,8 @@ def test_scores_average_to_the_score_of_the_exact_bounds():
 
 def test_neighbours_in_a_batch_and_what_fills_rows_up_change_no_bound():
     model, reference = made(0, double=True), made(1, double=True)
-    _, _, policy, theirs, _ = compared(model, reference)
-    _, _, alone, _, _ = compared(model, reference, items=ITEMS[:1])
-    x0, noised, *_ = compared(model, reference)
+    (x0, noised, _, _), policy, theirs = compared(model, reference)
+    _, alone, _ = compared(model, reference, items=ITEMS[:1])
     n = policy.shape[-1]
     for row in (0, n, 2 * n, 3 * n):
         prompt, answer = ITEMS[row // (2 * n)][row // n % 2]
@@ -208,9 +210,9 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
-def config(home: Path, **changes) -> TrainConfig:
-    given = {"objective": "prefer", "start": str(home / "pre"), "data": str(home / "pairs.jsonl"), "samples": 2}
-    return TrainConfig(**{**QUICK, **given, **changes})
+def config(home: Path, **changes) -> VRPOConfig:
+    given = {"start": str(home / "pre"), "data": str(home / "pairs.jsonl"), "samples": 2}
+    return VRPOConfig(**{**QUICK, **given, **changes})
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": 2}, {"shared": False, "masks": 2}])
@@ -220,8 +222,16 @@ def test_an_interrupted_run_ends_with_the_weights_and_losses_of_an_uninterrupted
 
 def test_training_begins_at_the_reference_and_comes_to_prefer_the_chosen(home):
     steps = list(train(config(home, steps=40, eval_every=20, samples=4, lr=0.002)))
-    assert steps[0].extra["score"] == 0 and steps[0].loss > math.log(2)  # SFT's term is in it
-    assert steps[-1].bound < math.log(2) - 0.02 and steps[-1].extra["score"] > 0.2
+    assert steps[0].numbers["score"] == 0 and steps[0].loss > math.log(2)  # SFT's term is in it
+    assert steps[-1].bound < math.log(2) - 0.02 and steps[-1].numbers["score"] > 0.2
+
+
+def test_the_log_calls_the_held_out_figure_by_its_name(home):
+    (step,) = train(config(home, steps=1))
+    record = step.record()
+    assert record["preference_loss"] == step.bound and "bound" not in record
+    assert step.config.units(0.5) == "preference loss 0.5000"
+    assert record["characters_per_token"] == step.text.characters_per_token != 1.0
 
 
 def test_the_reference_stays_as_it_was(home):
@@ -246,7 +256,9 @@ def test_a_run_whose_beginning_is_another_model_by_now_is_refused(home, tmp_path
         model.head.weight *= 2
     save(model, begun, tokenizer)
     for i in range(2):
-        with pytest.raises(BadInput, match=r"^from: expected what this run began with, got another in .*; restore it"):
+        with pytest.raises(
+            BadInput, match=r"^from: expected the model that this run began with, got another in .*; put that one there"
+        ):
             next(train(resume=tmp_path / f"run{i}"))
 
 

@@ -16,20 +16,21 @@ from talkers import write_talker
 import minillada
 import sample
 import train_tiny
-from minillada import BadInput, BadLuck, Tokenizer, TrainConfig, train
+from minillada import BadInput, BadLuck, SFTConfig, Tokenizer, TrainConfig, train
 from minillada.commands import cli
-from minillada.diffusion import Noised, pretraining_loss
+from minillada.diffusion import PROCESSES, Noised
 from minillada.model import ModelConfig
 from minillada.text.chat import ChatTemplate
 from minillada.text.tasks import make_task, write_task
 from minillada.training.sft import (
     PADDING,
     SFT,
+    Items,
     dialogue,
-    hide_padding,
     per_answer,
     read_items,
     records,
+    row_loss,
     stack,
     teach,
     visits,
@@ -59,24 +60,18 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
-def config(home: Path, **changes) -> TrainConfig:
-    given = {"objective": "sft", "start": str(home / "pre"), "data": str(home / "task" / "train.jsonl")}
-    return TrainConfig(**{**QUICK, **given, **changes})
+def config(home: Path, **changes) -> SFTConfig:
+    given = {"start": str(home / "pre"), "data": str(home / "task" / "train.jsonl")}
+    return SFTConfig(**{**QUICK, **given, **changes})
 
 
-def lesson(pairs=PAIRS, **changes) -> SFT:
-    """SFT as training has it, on these rows."""
-    tuned = TrainConfig(objective="sft", start="somewhere", data="some.jsonl", **changes)
-    made = SFT.__new__(SFT)
-    made.items, made.config, made.mask_id = None, tuned, C.mask_id
-    made.fill = EOS if tuned.eos_padding else PADDING
-    return made
+def lesson(**changes) -> SFT:
+    """SFT as training has it, without any items."""
+    return SFT(None, SFTConfig(start="somewhere", data="some.jsonl", precision="float32", **changes), C)
 
 
 def noised(pairs=PAIRS, seed: int = 0, **changes):
-    x0, noise, told = lesson(**changes).noise(None, pairs, "float32", torch.Generator().manual_seed(seed))
-    assert told == {}
-    return x0, noise
+    return lesson(**changes).noise(pairs, torch.Generator().manual_seed(seed))
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -88,7 +83,7 @@ def write(path: Path, *lines: object) -> Path:
 
 
 @pytest.mark.parametrize("eos_padding", [True, False])
-@pytest.mark.parametrize("process", ["exact-count", "bernoulli-mean", "bernoulli"])
+@pytest.mark.parametrize("process", PROCESSES)
 def test_no_prompt_token_is_ever_masked(process, eos_padding):
     seen = torch.zeros(4, 8, dtype=torch.bool)
     for seed in range(100):
@@ -113,13 +108,13 @@ def test_the_loss_is_each_tokens_over_its_own_answers_length_over_the_rows():
         hidden = [i for i in range(x0.shape[1]) if noise.xt[row, i] == C.mask_id]
         for i in hidden:
             total += -logits[row, i, x0[row, i]].item() * (length / len(hidden)) / length / len(PAIRS)
-    assert pretraining_loss(model, x0, noise).item() == pytest.approx(total, rel=1e-5)
+    assert row_loss(model, x0, noise).item() == pytest.approx(total, rel=1e-5)
 
 
 def test_permuting_or_duplicating_rows_leaves_the_loss_unchanged():
     model = tiny_model().double()
     x0, noise = noised()
-    loss = lambda rows: pretraining_loss(model, x0[rows], Noised(*(x[rows] for x in noise))).item()
+    loss = lambda rows: row_loss(model, x0[rows], Noised(*(x[rows] for x in noise))).item()
     once = loss([0, 1, 2, 3])
     assert loss([2, 0, 3, 1]) == pytest.approx(once, rel=1e-6)
     assert loss([0, 1, 2, 3, 0, 1, 2, 3]) == pytest.approx(once, rel=1e-6)
@@ -141,20 +136,19 @@ def test_padding_ends_of_text_change_the_loss_by_the_length_of_the_answer(paddin
     masked = maskable & (torch.arange(2) == 0)[:, None]  # the first row alone, all of it
     noise = per_answer(Noised(x0.masked_fill(masked, C.mask_id), masked, torch.ones(2)), maskable)
     length = 3 + (padding if fill == EOS else 0)
-    assert pretraining_loss(model, x0, noise).item() == pytest.approx(2 * math.log(16) / length / 2, rel=1e-5)
+    assert row_loss(model, x0, noise).item() == pytest.approx(2 * math.log(16) / length / 2, rel=1e-5)
 
 
 def test_without_eos_padding_a_row_does_not_notice_the_others():
     model = tiny_model().double()
-    model.register_forward_pre_hook(hide_padding, with_kwargs=True)
     x0, noise = noised(eos_padding=False)
-    together = pretraining_loss(model, x0, noise).item()
+    together = row_loss(model, x0, noise).item()
     alone = 0.0
     for row, (prompt, answer) in enumerate(PAIRS):
         n = len(prompt) + len(answer)
         xt, masked, weight = (x[row : row + 1] for x in noise)
         part = Noised(xt[:, :n], masked[:, :n], weight * n / x0.shape[1])
-        alone += pretraining_loss(model, x0[row : row + 1, :n], part).item() / len(PAIRS)
+        alone += row_loss(model, x0[row : row + 1, :n], part).item() / len(PAIRS)
     assert together == pytest.approx(alone, rel=1e-6)
 
 
@@ -172,7 +166,9 @@ def test_batch_n_is_a_function_of_the_seed_and_of_n_alone():
 
 def test_every_visit_takes_one_turn_of_a_dialogue_at_random():
     item = [([1], [2, EOS]), ([1, 2, EOS, 3], [4, EOS]), ([1, 2, EOS, 3, 4, EOS, 5], [6, EOS])]
-    taken = [lesson().choose(item, chance)[1][0] for _, chance in islice(visits(5, 0, 0), 3000)]
+    learner = lesson()
+    learner.items = Items(None, None, 1.0, 1.0, "", [item] * 5, [item], 7)
+    taken = [answer[0] for batch in islice(learner.batches(0), 94) for _, answer in batch][:3000]
     assert all(taken.count(answer) == pytest.approx(1000, abs=100) for answer in (2, 4, 6))
 
 
@@ -330,8 +326,10 @@ def test_a_run_that_was_taught_to_answer_remembers_it(home, tmp_path, monkeypatc
         (["--sft", "a.jsonl", "--prefer", "b.jsonl", "--from", "."], "prefer: expected none with --sft"),
         (["--sft", "a.jsonl", "--from", ".", "--preset", "nano"], "preset: expected none with --sft"),
         (["--sft", "a.jsonl", "--from", ".", "--length", "3"], "length: expected none with --sft"),
-        (["--from", "somewhere"], "start: expected"),
-        (["--lora", "3"], "lora: expected 0"),
+        (["--from", "somewhere"], "from: expected none with pre-training"),
+        (["--lora", "3"], "lora: expected none with pre-training"),
+        (["--sft", "a.jsonl", "--from", ".", "--beta", "3"], "beta: expected none with --sft"),
+        (["--sft", "a.jsonl", "--from", ".", "--lora", "-1"], "lora: expected a whole number"),
         (["--sft", "a.jsonl", "--from", ".", "--lora", "3", "--shard"], "shard: expected False"),
         (["--sft", "a.jsonl", "--from", "nowhere/at/all/there"], "expected"),
     ],
@@ -347,6 +345,15 @@ def test_a_model_without_tokenizer_cannot_be_taught(home, tmp_path):
     minillada.save(minillada.load(home / "pre")[0], tmp_path / "bare")
     with pytest.raises(BadInput, match=r"^from .*bare: expected a tokenizer.json, got none"):
         next(train(config(home, start=str(tmp_path / "bare"))))
+
+
+def test_the_parts_of_a_batch_add_up_to_its_loss_and_each_row_is_in_one():
+    model, x0_and_noise = tiny_model(), noised(seed=3)
+    whole = row_loss(model, *x0_and_noise).item()
+    for accumulate in (1, 2, 4):
+        learner = lesson(accumulate=accumulate)
+        parts = [part.item() for part in learner.losses(model, PAIRS, torch.Generator().manual_seed(3))]
+        assert len(parts) == accumulate and sum(parts) == pytest.approx(whole, rel=1e-6)
 
 
 def test_visits_of_every_batch_are_the_rows_of_the_file(home):

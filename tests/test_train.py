@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from oracles import tiny_model
 from runs_compared import weights
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_flatten
@@ -22,23 +22,25 @@ from torch.utils._pytree import tree_flatten
 import minillada
 import sample
 import train_tiny
-from minillada import BadInput, BadLuck, TrainConfig, train
+from minillada import BadInput, BadLuck, SFTConfig, TrainConfig, VRPOConfig, train
 from minillada.commands import cli
-from minillada.diffusion import exact_count, sample_t
+from minillada.diffusion import PROCESSES as NOISES
+from minillada.diffusion import exact_count, model_bound, pretraining_loss, sample_t
 from minillada.files import newest_checkpoint
 from minillada.measure.likelihood import log_likelihoods
 from minillada.text.ids import validation_batch
-from minillada.training import optim, state
+from minillada.train import LearnConfig, Pretraining, Ways, learn, rate
+from minillada.training import optim, pretraining
 from minillada.training.config import PRESETS
-from minillada.training.optim import make_optimizers, rate, restore, snapshot
+from minillada.training.optim import make_optimizers, restore, snapshot
+from minillada.training.pretraining import TextPretraining
+from minillada.training.run import make
 from minillada.training.runs import load_state, step_of
-from minillada.training.state import State
-from minillada.training.validation import validate
 
 SCRIPT = Path(__file__).parents[1] / "train_tiny.py"
 QUICK = {"preset": "nano", "steps": 6, "batch_size": 4, "length": 16, "eval_every": 3, "precision": "float32"}
 QUICK |= {"data": "tales", "tokenizer": "characters"}
-LOSS = optim.pretraining_loss
+LOSS = pretraining.pretraining_loss
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +69,87 @@ def fail(script, monkeypatch, capsys, *options) -> str:
     assert stopped.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: ") and ": expected " in lines[0], lines
     return lines[0]
+
+
+# ---- The loop of the course
+
+
+def course(steps: int = 40) -> tuple[torch.nn.Module, Pretraining, LearnConfig]:
+    """A tiny model, and one row to learn by heart."""
+    rows = torch.arange(6).expand(8, -1)
+    return tiny_model(), Pretraining(lambda start: itertools.repeat(rows), rows[:2], 15), LearnConfig(steps=steps)
+
+
+def test_the_course_learns_a_row_by_heart():
+    model, objective, config = course(40)
+    before = objective.validate(model)["bound"]
+    steps = list(learn(model, [torch.optim.AdamW(model.parameters(), 0.01)], objective, config, torch.Generator()))
+    assert [s.step for s in steps] == list(range(1, 41)) and objective.validate(model)["bound"] < before / 2
+    assert steps[0].lr == pytest.approx(0.01 * rate(1 / 41, config)) and steps[-1].loss < steps[0].loss / 2
+
+
+def test_a_step_is_noise_loss_backward_clip_and_step():
+    (model, objective, config), (twin, _, _) = course(3), course(3)
+    rng, optimizer = torch.Generator().manual_seed(1), torch.optim.SGD(twin.parameters(), 0.1)
+    for step in learn(model, [torch.optim.SGD(model.parameters(), 0.1)], objective, config,
+                      torch.Generator().manual_seed(1)):  # fmt: skip
+        loss = pretraining_loss(twin, *objective.noise(next(objective.batches(0)), rng))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 0.1 * rate(step.step / 4, config)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert (step.loss, step.grad_norm) == (loss.item(), norm.item())
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_the_gradients_of_several_parts_add_up_to_that_of_their_sum():
+    class Halves(Pretraining):
+        def losses(self, model, batch, rng):
+            x0, noised = self.noise(batch, rng)
+            for rows in (slice(0, 4), slice(4, 8)):
+                yield pretraining_loss(model, x0[rows], type(noised)(*(x[rows] for x in noised))) / 2
+
+    (model, objective, config), (other, _, _) = course(1), course(1)
+    halves = Halves(objective.batches, objective.held, 15)
+    (whole,), (sum_,) = (list(learn(m, [torch.optim.SGD(m.parameters(), 0.1)], o, config, torch.Generator()))
+                         for m, o in ((model, objective), (other, halves)))  # fmt: skip
+    assert sum_.loss == pytest.approx(whole.loss, rel=1e-6) and sum_.grad_norm == pytest.approx(whole.grad_norm)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing(broken):
+    model, objective, config = course(2)
+    before = copy.deepcopy(model.state_dict())
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    mean = iter([broken, 1.0])
+    steps = learn(model, [sgd], objective, config, torch.Generator(), ways=Ways(mean=lambda loss: next(mean)))
+    next(steps)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    next(steps)
+    assert any(not torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_a_run_has_the_loss_and_the_bound_of_the_course():
+    made = make(TrainConfig(**QUICK))
+    plain = Pretraining(made.objective.batches, made.objective.held, made.objective.mask_id)
+    batch, rng = next(plain.batches(0)), lambda: torch.Generator().manual_seed(3)
+    (ours,), (theirs,) = (list(o.losses(made.model, batch, rng())) for o in (made.objective, plain))
+    assert torch.equal(ours, theirs)
+    per_token = made.objective.validate(made.model)["bound"] * made.text.characters_per_token
+    assert per_token == pytest.approx(plain.validate(made.model)["bound"], rel=1e-6)
+    x0, noised = plain.held_noise()
+    assert per_token == pytest.approx(model_bound(made.model, x0, noised).mean().item() / x0.shape[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("process", NOISES)
+def test_every_process_of_noise_can_be_trained_with(process):
+    (step,) = train(TrainConfig(**{**QUICK, "steps": 1}, process=process))
+    assert math.isfinite(step.loss) and step.bound < math.log(60)
+
+
+# ---- Runs
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if "train" in PRESETS[name] and name != "small"])
@@ -103,6 +186,70 @@ def test_a_run_is_loaded_with_its_tokenizer(tmp_path):
     assert torch.equal(model(x), last.model(x))
 
 
+def test_run_json_says_what_is_learned_and_in_which_version(tmp_path):
+    list(train(TrainConfig(**{**QUICK, "steps": 1}, out=str(tmp_path / "run"))))
+    document = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (document["objective"], document["version"], document["steps"]) == ("pretrain", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": None}, r"expected version 2 .*; resume with the minillada that began the run, or begin another"),
+        ({"objective": "pray"}, r"expected version 2 and an objective of pretrain, sft, prefer, got .*'pray'"),
+        ({"beta": 1.0}, r"expected the fields of TrainConfig, got one more or less, 'beta'; "),
+        ({"lr": 0.5}, r"expected what the run in .* began with, got an edited one; "),
+    ],
+)
+def test_an_old_or_edited_run_json_is_refused_before_anything_changes_and_the_run_still_loads(tmp_path, change, said):
+    out = tmp_path / "run"
+    list(train(TrainConfig(**QUICK, out=str(out)), stop=iter([False, True]).__next__))
+    document = json.loads((out / "run.json").read_text()) | change
+    if document["version"] is None:
+        del document["version"]  # as before there were versions
+    (out / "run.json").write_text(json.dumps(document))
+    before = sorted(path for path in out.rglob("*"))
+    with pytest.raises(BadInput, match=rf"^run.json: {said}") as refused:
+        next(train(resume=out))
+    assert "\n" not in str(refused.value) and sorted(path for path in out.rglob("*")) == before
+    minillada.load(out)
+
+
+def test_only_fields_of_the_config_can_move(tmp_path):
+    list(train(TrainConfig(**QUICK, out=str(tmp_path / "run")), stop=iter([False, True]).__next__))
+    with pytest.raises(BadInput, match=r"^resume: expected changes of TrainConfig's fields, got 'beta'; leave it out"):
+        next(train(resume=tmp_path / "run", beta=1.0))
+
+
+def test_a_used_directory_is_refused_before_data_are_read(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(BadInput, match=r"^run directory: expected a new or empty one"):
+        next(train(TrainConfig(data=str(tmp_path / "missing.txt"), out=str(tmp_path))))
+
+
+def test_a_config_has_no_field_of_another_objective():
+    more = {"start": "somewhere", "data": "some.jsonl"}
+    for kind, given, foreign in (
+        (TrainConfig, {}, ("start", "lora", "eos_padding", "beta")),
+        (SFTConfig, more, ("preset", "model", "tokenizer", "length", "bias_rate", "beta", "samples")),
+        (VRPOConfig, more, ("preset", "model", "tokenizer", "length", "bias_rate", "eos_padding")),
+    ):
+        kind(**given)
+        for name in foreign:
+            with pytest.raises(TypeError, match=name):
+                kind(**given, **{name: 1})
+
+
+def test_the_defaults_are_those_of_the_recipes():
+    told = lambda c: (c.optimizer, c.lr, c.adam_lr, c.steps, c.batch_size, c.eval_every)
+    more = {"start": "somewhere", "data": "some.jsonl"}
+    assert told(TrainConfig()) == ("muon", 0.01, 0.003, 2000, 8, 250) and TrainConfig().length == 128
+    assert told(SFTConfig(**more)) == ("muon", 0.003, 0.001, 1000, 32, 125)
+    assert told(SFTConfig(**more, lora=4)) == ("adamw", 0.001, 0.001, 1000, 32, 125)
+    assert told(VRPOConfig(**more)) == ("muon", 0.0003, 0.0001, 200, 8, 25)
+    assert told(TrainConfig(minutes=1.0)) == ("muon", 0.01, 0.003, None, 8, 250)
+
+
 def test_resuming_with_another_text_is_refused(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abc " * 1000)
@@ -119,7 +266,7 @@ def test_resuming_with_another_text_is_refused(tmp_path):
 def crash(monkeypatch, *calls: int, value: float = math.nan) -> None:
     """Give these steps, counted from now, a loss that is not finite."""
     count = itertools.count(1)
-    monkeypatch.setattr(optim, "pretraining_loss", lambda *a: LOSS(*a) * (value if next(count) in calls else 1.0))
+    monkeypatch.setattr(pretraining, "pretraining_loss", lambda *a: LOSS(*a) * (value if next(count) in calls else 1.0))
 
 
 def all_finite(run: Path) -> bool:
@@ -252,7 +399,7 @@ def test_time_precision_and_every_random_state_go_on_where_they_stopped(tmp_path
     (*_, last) = train(config, stop=iter([False, True]).__next__)
     expected = draws()
     draws()
-    monkeypatch.setattr(state, "choose_precision", None)
+    monkeypatch.setattr(optim, "bfloat16_instructions", None)  # is not asked again
     steps = train(resume=tmp_path / "run")
     step = next(steps)
     assert draws() == expected
@@ -272,7 +419,8 @@ def test_the_loss_by_masking_level_adds_up_to_the_bound():
 def test_each_masking_level_has_the_mean_loss_of_its_masked_tokens():
     (*_, last) = train(TrainConfig(**QUICK))
     c, text = last.config, last.text
-    bound, levels = validate(last.model, text, c, "float32")
+    found = TextPretraining(text, c, last.model.config.mask_id).validate(last.model)
+    bound, levels = found["bound"], found["levels"]
     rows = validation_batch(text.val, 128, c.length)
     values, _ = log_likelihoods(last.model, [([], row) for row in rows.tolist()], n_samples=2)
     assert bound == -values.mean().item() / c.length / text.characters_per_token
@@ -303,7 +451,7 @@ def test_a_recomputed_block_keeps_its_input_alone():
     kept = {False: 0, True: 0}  # bytes
     for recomputed in kept:
         config = TrainConfig(**QUICK, recompute=recomputed)
-        now = State(ExitStack(), config, None, {})
+        now = make(config)
         x0 = validation_batch(now.text.val, 4, config.length)
         noised = exact_count(x0, now.model.config.mask_id, torch.full((4,), 0.5), torch.Generator())
 
@@ -335,9 +483,31 @@ def test_a_compiled_model_learns_the_same(monkeypatch):
     assert [s.loss for s in fast] == pytest.approx([s.loss for s in plain], rel=1e-5)
 
 
-def test_automatic_precision_says_what_it_measured():
-    step = next(train(TrainConfig(**{**QUICK, "precision": "auto"})))
-    assert "float32" in step.notices[0] and "bfloat16" in step.notices[0]
+@pytest.mark.parametrize(
+    ("able", "precision", "said"),
+    [
+        ({}, "float32", "no instructions"),
+        ({"avx512_bf16": False, "amx_bf16": False}, "float32", "no instructions"),
+        ({"avx512_bf16": True}, "bfloat16", "(avx512_bf16); --precision float32 turns it off"),
+        ({"avx512_bf16": True, "amx_bf16": True}, "bfloat16", "(amx_bf16)"),
+        ({"neon": True, "bf16": True}, "bfloat16", "(bf16)"),
+    ],
+)
+def test_automatic_precision_is_what_the_processor_has_instructions_for(able, precision, said, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(time, "perf_counter", lambda: pytest.fail("no default may depend on time"))
+    found, (line,) = optim.choose_precision(TrainConfig())
+    assert found == precision and line.startswith(f"precision {precision}: ") and said in line
+    assert optim.choose_precision(TrainConfig(precision="float32")) == ("float32", [])
+    assert not optim.bfloat16_instructions("mps")
+
+
+def test_the_chosen_precision_is_said_once_and_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(optim, "bfloat16_instructions", lambda device: "some")
+    steps = list(train(TrainConfig(**{**QUICK, "precision": "auto", "steps": 2}, out=str(tmp_path / "run"))))
+    assert [step.precision for step in steps] == ["bfloat16"] * 2
+    assert "bfloat16" in steps[0].notices[0] and not steps[1].notices
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["precision"] == "bfloat16"
 
 
 def test_a_batch_that_cannot_be_split_evenly_is_refused():
@@ -351,7 +521,7 @@ def test_a_training_counted_in_minutes_ends_in_time():
 
 
 def test_the_rate_warms_up_stays_and_decays():
-    config = TrainConfig(warmup=0.1, decay=0.5)
+    config = LearnConfig(warmup=0.1, decay=0.5)
     assert [rate(p, config) for p in (0, 0.05, 0.1, 0.5, 0.75, 1)] == [0, 0.5, 1, 1, 0.5, 0]
 
 
@@ -491,8 +661,9 @@ def ends_as_uninterrupted(kills: int, directory: Path) -> None:
     list(train(resume=out))
     assert losses(out) == losses(whole)
     assert_same(weights(out), weights(whole))
-    states = (newest_checkpoint(run)[0] for run in (out, whole))
-    ours, theirs = ({**state, "seconds": None, "rng": state["rng"]["generators"]} for state in map(load_state, states))
+    own = {"seconds": None, "config": None}  # the config names the directory
+    states = [load_state(newest_checkpoint(run)[0]) for run in (out, whole)]
+    ours, theirs = ({**state, **own, "rng": state["rng"]["generators"]} for state in states)
     assert_same(ours, theirs)
 
 

@@ -1,52 +1,54 @@
-"""Keeping the experts of a mixture busy: what training adds to its loss, what it does to biases, what it reports.
+"""Keep the experts of a mixture busy: losses that balance them, biases that are moved, and a report of the routing.
 
 Of the N tokens that a layer routes, masked and visible alike, each visits K of E experts. The load of an expert is its
-share of the N*K visits, 1/E when balanced; it is counted and has no gradient. What has one is P, how probable the
-router thinks each expert. There is no capacity: no token is ever dropped, however uneven the load.
+share of the N*K visits, 1/E when balanced; it is counted and has no gradient. P has one: the probability that the
+router gives to each expert. There is no capacity: no token is ever dropped, however uneven the load.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.distributed import ReduceOp
 
 from ..errors import BadInput
 from ..model import MoE
+from ..train import Objective
+from .config import RunConfig
 from .distributed import reduce
 
 
 class Routing(NamedTuple):
-    """Where one layer sent the tokens of one evaluation."""
+    """Hold where one layer sent the tokens of one evaluation."""
 
     moe: MoE
-    logits: Tensor  # (N,E) float32, what the router said; N may be 0
+    logits: Tensor  # (N,E) float32, the router's; N may be 0
     experts: Tensor  # (N,K) long
 
     def visits(self) -> Tensor:
-        """How many tokens visited each expert, (E,)."""
+        """Count the tokens that visited each expert, (E,)."""
         return self.experts.flatten().bincount(minlength=self.moe.c.n_expert)
 
     def probabilities(self) -> Tensor:
-        """P of every token, (N,E): the softmax, or the sigmoids made to sum to one, in either case without the bias."""
+        """Return P of every token, (N,E): the softmax, or the sigmoids made to sum to one, both without the bias."""
         if self.moe.c.router == "softmax":
             return self.logits.softmax(-1)
         return self.logits.sigmoid() / self.logits.sigmoid().sum(-1, keepdim=True)
 
     def mean(self, per_token: Tensor) -> Tensor:
-        """The mean over tokens (N,...), 0 of none."""
+        """Return the mean over tokens (N,...), 0 for none."""
         return per_token.sum(0) / max(1, len(self.logits))
 
 
 @contextmanager
 def watch_routing(model: nn.Module, valid: Tensor | None = None) -> Iterator[list[Routing]]:
-    """Watch the evaluations inside the block; when it ends the list has a Routing for each and every MoE layer.
+    """Watch the evaluations inside the `with`; then the list has a Routing for each of them and every MoE layer.
 
     valid: bool (B,T), False = padding, which is routed but does not count. The last layer of `model(x, where=...)`
-    routes those places alone, and they all count. Backward passes belong after the block: in them activation
-    checkpointing (not the reentrant kind) evaluates again what was seen already. Raises BadInput if hooks do not run.
+    routes those places alone, and they all count. Call backward after the `with`: activation checkpointing (not the
+    reentrant kind) evaluates layers again in it. Raises BadInput if no evaluation was seen, as in a compiled model.
     """
     seen: list[tuple[MoE, Tensor]] = []
     layers = [module for module in model.modules() if isinstance(module, MoE)]
@@ -66,7 +68,7 @@ def watch_routing(model: nn.Module, valid: Tensor | None = None) -> Iterator[lis
 
 
 def balance_loss(r: Routing) -> Tensor:
-    """E * sum over experts of f_e P_e, f_e the share of the tokens that visit e (arXiv:2101.03961, eq. 4).
+    """Return E * sum over experts of f_e P_e, f_e the share of the tokens that visit e (arXiv:2101.03961, eq. 4).
 
     As in LLaDA-MoE's code f is not divided by K: balanced is K; all tokens on the same K experts is E, the largest.
     """
@@ -74,17 +76,17 @@ def balance_loss(r: Routing) -> Tensor:
 
 
 def z_loss(r: Routing) -> Tensor:
-    """The mean of logsumexp(logits)^2, which keeps logits small (arXiv:2202.08906, eq. 5)."""
+    """Return the mean of logsumexp(logits)^2, which keeps logits small (arXiv:2202.08906, eq. 5)."""
     return r.mean(r.logits.logsumexp(-1).square())
 
 
 def auxiliary_loss(routings: list[Routing], balance: float, z: float) -> Tensor | float:
-    """What to add to the loss: both of the above times their coefficients, averaged over layers; 0 without any."""
+    """Return both of these losses times their coefficients, averaged over layers; 0 without any layer."""
     return sum(balance * balance_loss(r) + z * z_loss(r) for r in routings) / max(1, len(routings))
 
 
 def loads(routings: list[Routing]) -> dict[MoE, Tensor]:
-    """Each layer's share of visits by expert (E,), over all evaluations and processes. It sums to one."""
+    """Return each layer's share of visits by expert (E,), over all evaluations and processes. It sums to one."""
     visits: dict[MoE, Tensor] = {}
     for r in routings:
         visits[r.moe] = visits.get(r.moe, 0) + r.visits()
@@ -94,8 +96,8 @@ def loads(routings: list[Routing]) -> dict[MoE, Tensor]:
 
 @torch.no_grad()
 def move_biases(routings: list[Routing], rate: float) -> None:
-    """Balance without a loss (arXiv:2408.15664): raise by `rate` the bias that picks an expert where its load is below
-    1/E, lower it where above. No visit weighs more or less for it. Raises BadInput for a router without such a bias."""
+    """Balance without a loss (arXiv:2408.15664): raise by `rate` the bias of an expert whose load is below 1/E, lower
+    that of one above. The bias picks experts and does not weigh them. Raises BadInput for a router without one."""
     for moe, load in loads(routings).items():
         if moe.c.router != "sigmoid":
             what = f"bias_rate: expected 0 for a {moe.c.router} router, which has no bias to pick experts with"
@@ -105,7 +107,7 @@ def move_biases(routings: list[Routing], rate: float) -> None:
 
 @torch.no_grad()
 def routing_report(routings: list[Routing]) -> dict:
-    """Numbers for a log; {} of a dense model.
+    """Return numbers for a log; {} for a dense model.
 
     balance_loss, z_loss: averaged over layers, without coefficients. load: by layer and expert. imbalance: the largest
     load over the balanced one, 1 to E/K. router_entropy: of P, in nats, by layer; 0 to ln E.
@@ -122,3 +124,36 @@ def routing_report(routings: list[Routing]) -> dict:
         "router_entropy": [round(sum(values) / len(values), 4) for values in entropies.values()],
         "load": [[round(share, 4) for share in load.tolist()] for load in shares.values()],
     }
+
+
+class Balanced:
+    """Wrap an objective so that its gradient balances the experts too. The loss that is reported stays the objective's.
+
+    bias_rate: what `move_biases` moves biases by, between two steps.
+    """
+
+    def __init__(self, objective: Objective, config: RunConfig, bias_rate: float = 0.0) -> None:
+        self.objective, self.config, self.bias_rate = objective, config, bias_rate
+        self.batches, self.validate = objective.batches, objective.validate
+        self.numbers: dict = {}  # of the objective, and `routing_report`
+        self.routings: list[Routing] = []  # of the last batch
+
+    def losses(self, model: nn.Module, batch: Any, rng: Generator) -> Iterator[Tensor]:
+        """Yield the objective's parts, with the gradient of the balancing losses added."""
+        parts, self.routings = self.objective.losses(model, batch, rng), []
+        while True:
+            try:
+                with watch_routing(model) as seen:
+                    part = next(parts)
+            except StopIteration:
+                break
+            learning = [r for r in seen if r.logits.requires_grad]  # and not the evaluation of a reference
+            extra = auxiliary_loss(learning, self.config.balance, self.config.z_loss) / self.config.accumulate
+            self.routings += [r._replace(logits=r.logits.detach()) for r in learning]
+            yield part + (extra - extra.detach())
+        self.numbers = self.objective.numbers | routing_report(self.routings)
+
+    def move_biases(self) -> None:
+        """Move the routers' biases by what the last batch's load says, if there is a bias_rate."""
+        if self.bias_rate:
+            move_biases(self.routings, self.bias_rate)

@@ -1,13 +1,20 @@
-"""What a training run is made of, and sizes by name: from one that trains in seconds to the published models."""
+"""Configs of training runs, one class for each objective, and sizes by name.
 
+A config says everything that a run is made of: `TrainConfig` pre-training, `SFTConfig` learning to answer, `VRPOConfig`
+learning from preferences. A field left at None gets its value from the preset or from the objective.
+"""
+
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..diffusion import PROCESSES
 from ..errors import TINY, BadInput, check_number, check_one_of, check_whole
+from ..train import LearnConfig
 
 # `model` are fields of ModelConfig, `train` of TrainConfig; the published models have no recipe for one machine.
-
 PRESETS: dict[str, dict[str, dict]] = {
     "nano": {  # seconds on two cores
         "model": {"n_layer": 2, "n_head": 2, "d_model": 64, "d_ff": 176, "rope_theta": 100.0},
@@ -42,43 +49,29 @@ IDS: dict[str, dict[str, int]] = {
     "llada-moe-7b-a1b": {"vocab_size": 157184, "mask_id": 156895, "eos_id": 156892, "pad_id": 156892},
 }
 
-# What is learned, and what that changes in a preset. The rates are for tiny models: LLaDA's own are 2.5e-5 for SFT and,
-# in LLaDA 1.5, 5e-7 for VRPO. Adapters have AdamW's.
-OBJECTIVES: dict[str, dict] = {
-    "pretrain": {"optimizer": "muon", "lr": 0.01, "adam_lr": 0.003},
-    "sft": {"optimizer": "muon", "lr": 0.003, "adam_lr": 0.001, "steps": 1000, "batch_size": 32},
-    "prefer": {"optimizer": "muon", "lr": 0.0003, "adam_lr": 0.0001, "steps": 200, "batch_size": 8},
-}
-ADAPTERS = {"optimizer": "adamw", "lr": 0.001}
+VERSION = 2  # of run.json and of the state beside a checkpoint's model
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """A training run. Fields left at None come from the preset and from the objective."""
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(LearnConfig):
+    """Hold what every run has, whatever its objective."""
 
-    data: str | tuple[str, ...] = "docs"  # a name (docs, tales, shakespeare) or paths; but for pre-training one JSONL
-    preset: str = "tiny"
-    model: dict | None = None  # fields of ModelConfig
-    tokenizer: str | None = None  # characters | bytes | bpe:SIZE
-    steps: int | None = None
+    objective: ClassVar[str]  # its name in run.json
+    held_out: ClassVar[str] = "bound"  # the figure of held-out data that training lowers, by its name in the log
+
     minutes: float | None = None  # instead of steps: then the result depends on the machine's speed
     batch_size: int | None = None
-    length: int | None = None  # tokens of context
     optimizer: str | None = None  # of the matrices inside the layers: muon | adamw
     lr: float | None = None  # of that
     adam_lr: float | None = None  # of AdamW for the rest: embedding, head, norms
     weight_decay: float = 0.1  # of the matrices
-    warmup: float = 0.02  # share of the training over which the rate rises
-    decay: float = 0.4  # share over which it falls to zero at the end
-    clip: float = 1.0  # the gradient's largest norm
     balance: float = 0.01  # of the loss that evens out the load of experts; LLaDA-MoE's, like the next
     z_loss: float = 0.001  # of the loss that keeps the router's logits small
-    bias_rate: float = 0.0  # what a sigmoid router's biases move by in each step; then leave balance out
-    process: str = "exact-count"  # exact-count | bernoulli-mean | bernoulli
+    process: str = "exact-count"  # exact-count | bernoulli-mean | bernoulli | bernoulli-cosine
     precision: str = "auto"  # auto | float32 | bfloat16
     eval_every: int | None = None  # steps; an eighth of the training unless given
     checkpoint_every: int | None = None  # steps; with every evaluation unless given
-    keep: int = 3  # last checkpoints; that of the best bound stays too (0: all)
+    keep: int = 3  # last checkpoints; that of the best held-out figure stays too (0: all)
     out: str | None = None  # run directory; nothing is written without one
     seed: int = 0
     device: str = "cpu"
@@ -86,43 +79,20 @@ class TrainConfig:
     recompute: bool = False  # layers in the backward pass: less memory, more time
     compile: bool = False  # the training passes, by torch.compile
     shard: bool = False  # weights, gradients and optimisers over all processes, with more than one
-    objective: str = "pretrain"  # pretrain | sft | prefer; the last two begin with
-    start: str | None = None  # a run or model directory, whose tokenizer and model they take
-    eos_padding: bool = True  # in SFT: ends of text that fill a row up are part of the answer
-    lora: int = 0  # rank of adapters that are trained in place of the weights; 0: none
-    samples: int = 8  # in VRPO: masking levels for each bound
-    masks: int = 1  # masks at each level
-    shared: bool = True  # the same levels and masks for the model and the reference
-    beta: float = 0.2  # of the preference loss
-    sft_share: float = 0.05  # of SFT's loss on the chosen answers
 
     def __post_init__(self) -> None:
-        check_one_of("preset", self.preset, [name for name in PRESETS if "train" in PRESETS[name]])
-        preset = PRESETS[self.preset]
-        check_one_of("objective", self.objective, OBJECTIVES)
-        derived = {**preset["train"], "model": preset["model"], **OBJECTIVES[self.objective]}
-        if self.objective != "pretrain":  # what begins elsewhere has its model and its length from there
-            derived |= {"model": {}, "tokenizer": None, "length": 1, **(ADAPTERS if self.lora else {})}
-        derived["eval_every"] = max(1, (self.steps or derived["steps"]) // 8)
-        for name, value in derived.items():
-            if getattr(self, name) is None and not (name == "steps" and self.minutes):
-                object.__setattr__(self, name, value)
-        if self.checkpoint_every is None:
-            object.__setattr__(self, "checkpoint_every", self.eval_every)
-        if not isinstance(self.data, str):
-            object.__setattr__(self, "data", tuple(map(str, self.data)))
-        for name in ("batch_size", "length", "eval_every", "checkpoint_every", "accumulate"):
+        """Check every field. Raises BadInput."""
+        for name in ("batch_size", "eval_every", "checkpoint_every", "accumulate"):
             check_whole(name, getattr(self, name), 1)
         check_whole("keep", self.keep, 0)
         check_whole("seed", self.seed, 0, 2**63 - 1)
-        check_whole("steps", self.steps, 1) if self.minutes is None else check_number("minutes", self.minutes, TINY)
-        for name in ("balance", "z_loss", "bias_rate"):
+        if self.minutes is None or self.steps is not None:
+            check_whole("steps", self.steps, 1)
+        if self.minutes is not None:
+            check_number("minutes", self.minutes, TINY)
+        for name in ("balance", "z_loss"):
             check_number(name, getattr(self, name), 0)
-        if self.bias_rate and self.model.get("router") != "sigmoid":
-            what = "bias_rate: expected 0 without a sigmoid router, whose biases it moves"
-            raise BadInput(f"{what}, got {self.bias_rate}; use balance")
-        check_tuning(self)
-        for name in ("lr", "adam_lr", "clip", "beta"):
+        for name in ("lr", "adam_lr", "clip"):
             check_number(name, getattr(self, name), TINY)
         for name in ("warmup", "decay", "weight_decay"):
             check_number(name, getattr(self, name), 0, 1)
@@ -130,26 +100,134 @@ class TrainConfig:
         check_one_of("process", self.process, PROCESSES)
         check_one_of("precision", self.precision, ("auto", "float32", "bfloat16"))
 
+    def fill(self, defaults: Mapping[str, object]) -> None:
+        """Give fields that are None their value; `steps` of the defaults is not for a run counted in minutes."""
+        evaluate = max(1, (self.steps or defaults["steps"]) // 8)
+        evaluate = self.eval_every if self.eval_every is not None else evaluate
+        for name, value in {**defaults, "eval_every": evaluate, "checkpoint_every": evaluate}.items():
+            if getattr(self, name) is None and not (name == "steps" and self.minutes is not None):
+                object.__setattr__(self, name, value)
+
     def units(self, nats: float) -> str:
-        """What a loss or bound of such a run says."""
-        if self.objective == "prefer":
-            return f"preference loss {nats:.4f}"
+        """Say what a held-out figure means."""
         return f"<= {nats:.3f} nats/char, {nats / math.log(2):.3f} bits/char"
 
+    def loss_units(self, loss: float, characters_per_token: float) -> str:
+        """Say what a training loss means: like a held-out figure, if it is in nats per token."""
+        return self.units(loss / characters_per_token)
 
-def check_tuning(c: TrainConfig) -> None:
-    """Raise BadInput for what SFT and VRPO cannot be asked for, or pre-training cannot."""
-    tuned = c.objective != "pretrain"
-    rules = [
-        ("start", tuned == (c.start is not None), "a run to begin with for SFT and VRPO, and none for pre-training"),
-        ("lora", tuned or not c.lora, "0 in pre-training"),
-        ("shard", not c.shard or not (c.lora or c.objective == "prefer"), "False with adapters or a reference"),
-        ("data", not tuned or isinstance(c.data, str), "one JSONL file for SFT and VRPO"),
-    ]
-    for name, holds, expected in rules:
-        if not holds:
-            raise BadInput(f"{name}: expected {expected}, got {getattr(c, name)!r}; mend it")
-    check_whole("lora", c.lora, 0)
-    check_whole("samples", c.samples, 1)
-    check_whole("masks", c.masks, 1)
-    check_number("sft_share", c.sft_share, 0)
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """Hold a pre-training run: a text, and a new model that learns it."""
+
+    objective: ClassVar[str] = "pretrain"
+
+    data: str | tuple[str, ...] = "docs"  # a name (docs, tales, shakespeare) or paths
+    preset: str = "tiny"
+    model: dict | None = None  # fields of ModelConfig
+    tokenizer: str | None = None  # characters | bytes | bpe:SIZE
+    length: int | None = None  # tokens of context
+    bias_rate: float = 0.0  # what a sigmoid router's biases move by in each step; then leave balance out
+
+    def __post_init__(self) -> None:
+        """Fill in what the preset says, and check every field. Raises BadInput."""
+        check_one_of("preset", self.preset, [name for name in PRESETS if "train" in PRESETS[name]])
+        preset = PRESETS[self.preset]
+        self.fill({"optimizer": "muon", "lr": 0.01, "adam_lr": 0.003, "model": preset["model"], **preset["train"]})
+        if not isinstance(self.data, str):
+            object.__setattr__(self, "data", tuple(map(str, self.data)))
+        super().__post_init__()
+        check_whole("length", self.length, 1)
+        check_number("bias_rate", self.bias_rate, 0)
+        if self.bias_rate and self.model.get("router") != "sigmoid":
+            what = "bias_rate: expected 0 without a sigmoid router, whose biases it moves"
+            raise BadInput(f"{what}, got {self.bias_rate}; use balance")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedConfig(RunConfig):
+    """Hold what is common to runs that go on from a trained model, with its tokenizer."""
+
+    data: str  # one JSONL file
+    start: str  # the run or model directory to begin with
+    lora: int = 0  # rank of adapters that are trained in place of the weights; 0: none
+
+    def __post_init__(self) -> None:
+        """Check every field. Raises BadInput."""
+        super().__post_init__()
+        check_whole("lora", self.lora, 0)
+        if not isinstance(self.data, str):
+            raise BadInput(f"data: expected one JSONL file, got {self.data!r}; give the path of one")
+        if self.shard and self.lora:
+            raise BadInput("shard: expected False with adapters, got True; leave out shard or lora")
+
+
+# The rates are for tiny models: LLaDA's own are 2.5e-5 for SFT and, in LLaDA 1.5, 5e-7 for VRPO.
+ADAPTERS = {"optimizer": "adamw", "lr": 0.001}  # with lora
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(TunedConfig):
+    """Hold a run of supervised fine-tuning: dialogues whose answers are learned."""
+
+    objective: ClassVar[str] = "sft"
+
+    eos_padding: bool = True  # ends of text that fill a row up are part of the answer
+
+    def __post_init__(self) -> None:
+        """Fill in SFT's recipe, and check every field. Raises BadInput."""
+        recipe = {"optimizer": "muon", "lr": 0.003, "adam_lr": 0.001, "steps": 1000, "batch_size": 32}
+        self.fill({**recipe, **(ADAPTERS if self.lora else {})})
+        super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VRPOConfig(TunedConfig):
+    """Hold a run of VRPO: pairs of a better and a worse answer."""
+
+    objective: ClassVar[str] = "prefer"
+    held_out: ClassVar[str] = "preference_loss"
+
+    samples: int = 8  # masking levels for each bound
+    masks: int = 1  # masks at each level
+    shared: bool = True  # the same levels and masks for the model and the reference
+    beta: float = 0.2  # of the preference loss
+    sft_share: float = 0.05  # of SFT's loss on the chosen answers
+
+    def __post_init__(self) -> None:
+        """Fill in VRPO's recipe, and check every field. Raises BadInput."""
+        recipe = {"optimizer": "muon", "lr": 0.0003, "adam_lr": 0.0001, "steps": 200, "batch_size": 8}
+        self.fill({**recipe, **(ADAPTERS if self.lora else {})})
+        super().__post_init__()
+        check_whole("samples", self.samples, 1)
+        check_whole("masks", self.masks, 1)
+        check_number("beta", self.beta, TINY)
+        check_number("sft_share", self.sft_share, 0)
+        if self.shard:
+            raise BadInput("shard: expected False with a reference, which is whole, got True; leave out shard")
+
+    def units(self, loss: float) -> str:
+        """Say what a held-out figure means."""
+        return f"preference loss {loss:.4f}"
+
+    def loss_units(self, loss: float, characters_per_token: float) -> str:
+        """Say what a training loss means: the preference loss with SFT's share."""
+        return f"loss {loss:.4f}"
+
+
+CONFIGS: dict[str, type[RunConfig]] = {kind.objective: kind for kind in (TrainConfig, SFTConfig, VRPOConfig)}
+
+
+def config_of(document: dict) -> RunConfig:
+    """Return the config that run.json holds. Raises BadInput for a file of another version, or a faulty one."""
+    fields = {name: value for name, value in document.items() if name not in ("version", "objective")}
+    if document.get("version") != VERSION or document.get("objective") not in CONFIGS:
+        what = f"run.json: expected version {VERSION} and an objective of {', '.join(CONFIGS)}"
+        found = f"version {document.get('version')!r} and {document.get('objective')!r}"
+        raise BadInput(f"{what}, got {found}; resume with the minillada that began the run, or begin another run")
+    kind = CONFIGS[document["objective"]]
+    if others := fields.keys() ^ {field.name for field in dataclasses.fields(kind)}:
+        what = f"run.json: expected the fields of {kind.__name__}"
+        raise BadInput(f"{what}, got one more or less, {min(others)!r}; begin another run")
+    return kind(**fields)

@@ -1,15 +1,15 @@
-"""The same training in several processes, started by `torchrun --standalone --nproc_per_node=N train_tiny.py …`.
+"""Spread a training over several processes, started by `torchrun --standalone --nproc_per_node=N train_tiny.py …`.
 
 Every process draws the same batch and the same noise and takes its own rows of them; gradients are averaged (DDP), or
 averaged and sharded together with the weights and the optimisers' state (FSDP2). So the number of processes changes
 how fast a run is and not what it computes, but for rounding. The process of rank 0 alone writes and prints.
 
-Without torchrun there is one process, and nothing here does anything. Decisions travel as small tensors on the CPU.
+Without torchrun there is one process, and nothing here does anything. Processes agree through small tensors on the CPU.
 """
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TypeVar
 
@@ -23,16 +23,18 @@ from torch.optim import Optimizer
 
 from ..errors import BadInput, BadLuck
 from ..model import LLaDA
-from .config import TrainConfig
+from .config import RunConfig
 
 T = TypeVar("T")
 
 
 def rank() -> int:
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Return how many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -59,22 +61,22 @@ def processes() -> Iterator[None]:
 
 
 def reduce(tensor: Tensor, how: dist.ReduceOp.RedOpType = dist.ReduceOp.MAX) -> Tensor:
-    """The largest (or the sum, …) of every element over all processes."""
+    """Replace every element, in place, by its largest value (or the sum, …) over all processes; return the tensor."""
     if world_size() > 1:
         dist.all_reduce(tensor, how)
     return tensor
 
 
 def agree(*values: float) -> list[float]:
-    """The same numbers in every process: the largest of each."""
+    """Return the same numbers in every process: the largest of each."""
     return reduce(torch.tensor(values, dtype=torch.float64)).tolist()
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Whoever fails in here, all end: the first of those that failed with its error, the others silently with 2.
+    """End every process if one fails inside: the first that failed raises its error, the others exit with code 2.
 
-    Inside, nothing may wait for another process.
+    What is inside must not wait for another process.
     """
     failure = None
     try:
@@ -89,7 +91,7 @@ def together() -> Iterator[None]:
 
 
 def in_turn(make: Callable[[], T]) -> T:
-    """make() in rank 0, and then in the others, which find the files that it wrote."""
+    """Return what make() returns: first in rank 0, and then in the others, which find the files that it wrote."""
     with together():
         made = make() if rank() == 0 else None
     with together():
@@ -103,24 +105,39 @@ def check_same(what: str, fingerprint: str) -> None:
         raise BadInput(f"{what}: expected the same in every process, got different ones; share one directory")
 
 
-def check_share(config: TrainConfig) -> None:
-    """Raise BadInput unless the batch is dealt out evenly."""
+def check_share(config: RunConfig) -> None:
+    """Raise BadInput unless all parts of a batch have as many rows."""
     parts = world_size() * config.accumulate
     if config.batch_size % parts:
         what = f"batch_size: expected a multiple of {parts} (processes times accumulate), got {config.batch_size}"
-        raise BadInput(f"{what}; choose another")
+        raise BadInput(f"{what}; choose such a batch_size, or accumulate less")
 
 
 def share(n: int, parts: int = 1) -> list[Tensor]:
-    """The rows of n that are this process's, as many in each: in `parts`, dealt out one by one, some twice if need be.
+    """Return which of n rows this process computes, in `parts` of equal size.
 
-    Masking levels are stratified in the order of the rows, so that every part gets low and high ones.
+    Rows are dealt out one by one, because masking levels fall with the row and every part should have high and low
+    ones. If they do not come out even, some rows are dealt twice.
+
+    8 rows in 2 parts, in process 0 of 2 -> [0, 4], [2, 6].
     """
     size = world_size() * parts
     return [torch.arange(rank() + i * world_size(), -(-n // size) * size, size) % n for i in range(parts)]
 
 
-def spread(model: LLaDA, config: TrainConfig) -> nn.Module:
+def shares(model: nn.Module, n: int, parts: int) -> Iterator[Tensor]:
+    """Yield the rows of each part of `share`. Processes exchange gradients (DDP) only in the backward pass of the last.
+
+    Sharded gradients (FSDP) are exchanged every time: until then every process would have to hold all of them.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    for number, rows in enumerate(share(n, parts), 1):
+        if isinstance(model, DistributedDataParallel):
+            model.require_backward_grad_sync = number == parts
+        yield rows
+
+
+def spread(model: LLaDA, config: RunConfig) -> nn.Module:
     """Move a model from the CPU to its device, and return what to call in its place in training.
 
     With config.shard the model itself is sharded, in place and layer by layer: it may be too large for one device.
@@ -136,23 +153,23 @@ def spread(model: LLaDA, config: TrainConfig) -> nn.Module:
     return torch.compile(called) if config.compile else called
 
 
-def synchronise(model: nn.Module, on: bool) -> None:
-    """Whether the next backward pass exchanges gradients: of several that add up, only the last one need.
+def mean_loss(loss: Tensor) -> float:
+    """Return the mean of a scalar over all processes."""
+    return reduce(loss / world_size(), dist.ReduceOp.SUM).item()
 
-    But sharded ones always do: until they are exchanged, every process would have all of them.
-    """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    if isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = on
+
+def clip_sharded(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
+    """Scale gradients that may be sharded so that their common norm is at most `largest`; return the norm they had."""
+    return full(nn.utils.clip_grad_norm_(parameters, largest))
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, in every process; any other as it is."""
+    """Return a sharded tensor put together, in every process; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(state: object) -> object:
-    """A state dict with its sharded tensors put together one by one, on the CPU of rank 0; elsewhere they are None."""
+    """Return a state dict with its sharded tensors whole, on the CPU of rank 0, one by one; elsewhere they are None."""
     if isinstance(state, DTensor):
         whole = state.full_tensor()
         return None if rank() else whole.cpu()
@@ -162,7 +179,7 @@ def gathered(state: object) -> object:
 
 
 def unsharded(model: LLaDA) -> LLaDA:
-    """The model itself, or one like it that holds in rank 0 all that is sharded. Every process must call this."""
+    """Return the model, or one like it that holds in rank 0 all that is sharded. Every process must call this."""
     if not isinstance(model, FSDPModule):
         return model
     state = gathered(model.state_dict())
@@ -176,7 +193,7 @@ def unsharded(model: LLaDA) -> LLaDA:
 
 
 def load_optimizer(optimizer: Optimizer, state: dict) -> None:
-    """Restore what a run of any number of processes saved: whole tensors, sharded here as the weights are."""
+    """Restore what a run of any number of processes saved: whole tensors, which are sharded as the weights are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def placed(tensor: object, p: nn.Parameter) -> object:

@@ -1,7 +1,6 @@
-"""Where else a run's numbers may go: TensorBoard or Weights & Biases, each imported only where it is asked for.
+"""Send a run's numbers to TensorBoard or Weights & Biases too, each imported only if it is asked for.
 
-`RUN/log.jsonl` is always written, and is the truth (`runs.py`); a logger here is a function that is given every record
-of it.
+`RUN/log.jsonl` is written in any case (`runs.py`). A logger here is a function that is given every record of it.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ Log = Callable[[dict], None]
 
 
 def scalars(record: dict) -> Iterator[tuple[str, float]]:
-    """The numbers of a record by name, but for the step; the loss at masking level 0.5 is called levels/0.50."""
+    """Yield (name, number) for the numbers of a record, without the step; the loss at level 0.5 is levels/0.50."""
     for name, value in record.items():
         if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
             yield name, value
@@ -23,7 +22,8 @@ def scalars(record: dict) -> Iterator[tuple[str, float]]:
 
 
 def tensorboard(directory: Path, config: dict) -> Log:
-    """Event files in RUN/tensorboard, whole after every evaluation: `tensorboard --logdir RUN`."""
+    """Return a logger that writes event files to RUN/tensorboard, flushed after every evaluation; look at them with
+    `tensorboard --logdir RUN`."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = None
@@ -35,15 +35,17 @@ def tensorboard(directory: Path, config: dict) -> Log:
             writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
         for name, value in scalars(record):
             writer.add_scalar(name, value, record["step"])
-        if record.get("bound") is not None:
+        if record.get("bound", record.get("preference_loss")) is not None:
             writer.flush()
 
     return log
 
 
 def wandb(directory: Path, config: dict) -> Log:
-    """A run of Weights & Biases named like the run directory, in the project "minillada". A resumed run is a new one
-    of the same name. Who is logged in, and whether anything is sent, is for `wandb login` and $WANDB_MODE to say."""
+    """Return a logger for a run of Weights & Biases in the project "minillada", named like the run directory.
+
+    A resumed run is a new one of the same name. `wandb login` says who is logged in, $WANDB_MODE whether to send.
+    """
     import wandb
 
     run = wandb.init(project="minillada", name=directory.name, dir=str(directory), config=config)
@@ -54,8 +56,8 @@ LOGGERS: dict[str, Callable[[Path, dict], Log]] = {"tensorboard": tensorboard, "
 
 
 def make(name: str, directory: str | Path, config: dict) -> Log:
-    """The logger of that name, for the run in `directory`. Raises BadInput for an unknown name, or if its package is
-    not installed."""
+    """Return the logger of that name, for the run in `directory`. Raises BadInput for an unknown name, or without its
+    package."""
     check_one_of("logger", name, LOGGERS)
     try:
         return LOGGERS[name](Path(directory), config)

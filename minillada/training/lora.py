@@ -1,10 +1,9 @@
-"""LoRA: a frozen matrix and a small one of low rank beside it, which alone learns (arXiv:2106.09685).
+"""LoRA: train a matrix of low rank beside a frozen one (arXiv:2106.09685).
 
     y = W x + scale * up(down(x)),    down (r,in) random, up (out,r) zero at first, so nothing has changed yet
 
-In the four projections of every attention. Experts stay as they are, with their routers: they are stacked tensors, most
-of a mixture's weights, and each sees few of the tokens; so do feed-forwards, embedding, head and norms. W keeps its
-dtype, which is what is computed in; the adapters are float32, for steps too small for bfloat16.
+The four projections of every attention get such an adapter; everything else stays frozen without one. W keeps its
+dtype, which is what is computed in. Adapters are float32, because many of their steps are too small for bfloat16.
 """
 
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ SCALE = 2.0  # of what the adapters add, whatever their rank: alpha = 2 r
 
 
 class LoRA(nn.Linear):
-    """A linear layer, its own weight and bias frozen, with an adapter."""
+    """Compute a frozen linear layer, and add what its adapter says."""
 
     on = True  # whether the adapter adds anything
 
@@ -39,12 +38,12 @@ class LoRA(nn.Linear):
         return y + SCALE * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
     def merged(self) -> Tensor:
-        """The one matrix that does the same, in the dtype of W, rounded once."""
+        """Return the one matrix that does the same, in the dtype of W, rounded once."""
         return (self.weight.float() + SCALE * self.up @ self.down).to(self.weight.dtype)
 
 
 def adapt(model: LLaDA, rank: int, rng: Generator) -> LLaDA:
-    """Freeze a model and give it adapters, in place. Raises BadInput for one that has some, or is quantized."""
+    """Freeze a model and add adapters to it, in place. Raises BadInput if it has some, or is quantized."""
     check_whole("lora", rank, 1, model.config.d_model)
     model.requires_grad_(False)
     for layer in model.layers:
@@ -56,14 +55,14 @@ def adapt(model: LLaDA, rank: int, rng: Generator) -> LLaDA:
 
 
 def adapters(model: nn.Module) -> nn.ParameterList:
-    """What learns of an adapted model, the very parameters, in the order of its layers."""
+    """Return the parameters that learn in an adapted model, in the order of its layers."""
     found = [module for module in model.modules() if isinstance(module, LoRA)]
     return nn.ParameterList(p for module in found for p in (module.down, module.up))
 
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is what it was before it was adapted: a frozen reference that costs no memory."""
+    """Switch the adapters off inside the `with`: the model is the frozen one again, which costs no memory."""
     found = [module for module in model.modules() if isinstance(module, LoRA)]
     for module in found:
         module.on = False
@@ -76,7 +75,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged(model: LLaDA) -> LLaDA:
-    """A plain model that does the same. It shares every tensor with the adapted one but the merged matrices."""
+    """Return a plain model that does the same. It shares every tensor with the adapted one but the merged matrices."""
     state = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, LoRA):

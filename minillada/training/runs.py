@@ -1,6 +1,6 @@
 """Run directories that survive a kill at any moment: the log, the checkpoints, and all that resuming exactly needs.
 
-    RUN/run.json                     what was asked for, written once
+    RUN/run.json                     the config of the run, written once
     RUN/log.jsonl                    one JSON object per line
     RUN/checkpoints/step-00000500/   a Hugging Face directory, with the state of the training beside the model:
         optimizer.safetensors        its tensors,
@@ -8,8 +8,8 @@
         manifest.json                sizes and SHA-256 of all the others, written last
     RUN/.lock                        held while a process works here
 
-A checkpoint is written under a temporary name, flushed to the disk, and only then renamed: whatever bears its own name
-is whole. Faults of the environment leave here as BadLuck, in one line.
+A checkpoint is written under a temporary name, flushed to the disk, and only then renamed: one that has its own name
+is whole. Faults of the environment are raised as BadLuck, in one line.
 """
 
 import json
@@ -17,6 +17,7 @@ import math
 import os
 import random
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ except ImportError:  # Windows
 
 
 class Run(AbstractContextManager):
-    """A run's directory, locked while this is open: `with Run.create(directory, config) as run`, or `Run.resume`.
+    """Hold a run's directory, locked while this is open: `with Run.create(directory, config) as run`, or `Run.resume`.
 
     Of several processes that train together one leads; the others (leads=False) lock nothing and write nothing.
     """
@@ -67,7 +68,7 @@ class Run(AbstractContextManager):
 
     @classmethod
     def create(cls, directory: str | Path, config: dict, leads: bool = True) -> "Run":
-        """Begin a run in a new or empty directory. Raises BadInput if it is neither, BadLuck if someone else is in."""
+        """Begin a run in a new or empty directory. Raises BadInput if it is neither, BadLuck if it is in use."""
         directory = Path(directory)
         if not leads:
             return cls(directory, leads)
@@ -82,18 +83,23 @@ class Run(AbstractContextManager):
         return run
 
     @classmethod
-    def resume(cls, directory: str | Path, leads: bool = True) -> "Run":
+    def resume(
+        cls, directory: str | Path, leads: bool = True, accept: Callable[[dict], object] = lambda config: None
+    ) -> "Run":
         """Go on from the newest whole checkpoint, as if nothing had come after it.
 
         A newer one that is damaged is named in `notices` and set aside as corrupt-step-…; log lines of later steps
-        are cut off. Raises BadInput if this is no run or has no whole checkpoint, BadLuck if someone else is in.
+        are cut off. accept: is given the config before anything is changed, and may raise. Raises BadInput if this is
+        no run or has no whole checkpoint, BadLuck if it is in use.
         """
         directory = Path(directory)
         if not (directory / "run.json").is_file():
-            raise BadInput(f"run directory: expected one with a run.json, got {directory}; check its name")
+            raise BadInput(f"run directory: expected one with a run.json, got {directory}; give the directory of a run")
         run = cls(directory, leads)
-        with one_line(f"run directory: expected to read and write {directory}", "mend that", undo=run.close):
+        fix = "change its permissions or copy it elsewhere"
+        with one_line(f"run directory: expected to read and write {directory}", fix, undo=run.close):
             run.config = files.read_json(directory / "run.json", files.CONFIG_CAP)
+            accept(run.config)
             run.newest, damaged = newest_checkpoint(directory)
             if run.newest is None:
                 found = "; ".join(damaged.values()) or "none"
@@ -111,11 +117,14 @@ class Run(AbstractContextManager):
         return run
 
     def log(self, record: dict) -> None:
-        """Append one line of strict JSON; a float that is not finite becomes null. resume() cuts by its "step"."""
+        """Append one line of strict JSON; a float that is not finite becomes null. resume() cuts lines by "step"."""
         if not self.leads:
             return
         line = json.dumps(finite(record), allow_nan=False).encode() + b"\n"
-        with one_line("log: expected to add a line", "make room and resume"), open(self.log_file, "ab") as file:
+        with (
+            one_line("log: expected to add a line", "make room on the disk and resume"),
+            open(self.log_file, "ab") as file,
+        ):
             file.write(line)
 
     def save(
@@ -134,7 +143,8 @@ class Run(AbstractContextManager):
         tensors: dict[str, Tensor] = {}
         document = json.dumps(split(state, tensors), allow_nan=False).encode()
         files.check_space(self.directory, sum(t.nbytes for t in (*model.state_dict().values(), *tensors.values())))
-        with one_line(f"checkpoint: expected to write {target}", "make room and resume", undo=lambda: discard(draft)):
+        fix = "make room on the disk and resume"
+        with one_line(f"checkpoint: expected to write {target}", fix, undo=lambda: discard(draft)):
             draft.mkdir()
             checkpoint.save(model, draft, tokenizer)
             hashed = files.read_json(draft / files.MANIFEST, files.CONFIG_CAP)["files"]
@@ -162,7 +172,7 @@ class Run(AbstractContextManager):
 
 
 def finite(value: Any) -> Any:
-    """`value` with None for every float that JSON lacks."""
+    """Return `value` with None for every float that JSON lacks."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -171,11 +181,12 @@ def finite(value: Any) -> Any:
 
 
 def step_of(path: Path) -> int:
+    """Return the step of a checkpoint's directory."""
     return int(path.name.removeprefix("step-"))
 
 
 def load_state(path: str | Path) -> dict:
-    """The `state` saved with a checkpoint, bit for bit, tensors on the CPU. Raises BadInput or BadLuck without one."""
+    """Return the state saved with a checkpoint, bit for bit, its tensors on the CPU. Raises BadInput or BadLuck."""
     path = Path(path)
     with one_line(f"checkpoint: expected a training state in {path}", "use a checkpoint of a run"):
         # Cloned: load_file maps the file, and Windows keeps a mapped file from being deleted.
@@ -184,9 +195,9 @@ def load_state(path: str | Path) -> dict:
 
 
 def split(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
-    """`value` as strict JSON; what JSON lacks (tensors, tuples, infinities, keys but strings) becomes {"$…": …}.
+    """Return `value` as strict JSON; what JSON lacks (tensors, tuples, infinities, keys but strings) becomes {"$…": …}.
 
-    Tensors are put into `tensors`, named by a number and their path. `join` is the way back.
+    Tensors are put into `tensors`, named by a number and their path. `join` undoes this.
     """
     if isinstance(value, Tensor):
         name = f"{len(tensors)}{path}"
@@ -205,7 +216,7 @@ def split(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
 
 
 def join(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `split` was given."""
+    """Return the value that `split` was given."""
     match value:
         case list():
             return [join(v, tensors) for v in value]
@@ -223,7 +234,7 @@ def join(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def rng_state(**generators: Generator) -> dict:
-    """Where every source of randomness stands: Python, NumPy, torch on each device in use, and the named generators."""
+    """Return the state of every source of randomness: Python, NumPy, torch on each device in use, named generators."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -236,7 +247,7 @@ def rng_state(**generators: Generator) -> dict:
 
 
 def set_rng_state(state: dict, **generators: Generator) -> None:
-    """Put them back, except those of a device that this machine lacks: such a run goes on, but not bit for bit."""
+    """Put states back, except those of a device that this machine lacks: such a run goes on, but not bit for bit."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -262,7 +273,7 @@ def flush(file: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove what is ours, if that can be: renamed first, so that a kill never leaves half of a checkpoint."""
+    """Remove a file or directory if possible: it is renamed first, so that a kill never leaves half of a checkpoint."""
     doomed = path if path.match(LEFTOVER) else temporary(path)
     with suppress(OSError):
         os.replace(path, doomed)
@@ -270,7 +281,7 @@ def discard(path: Path) -> None:
 
 
 def truncate_log(file: Path, step: int) -> None:
-    """Cut the log before the first line that a kill left unfinished or that is of a later step."""
+    """Cut the log before the first line that is unfinished, after a kill, or of a later step."""
     if not file.exists():
         return
     end = 0

@@ -4,15 +4,14 @@
     {"messages": [{"role": "user", "content": "12+34="}, {"role": "assistant", "content": "46"}, ...]}
 
 A dialogue of n answers has n turns, (everything before an answer, the answer); every visit takes one of them at random.
-A row is what the chat template makes of the prompt, the answer and an end of text. Rows are filled up to the longest of
-their batch with more ends of text, which are part of the answer, masked and predicted: so a model learns how long
-answers are. Or, with eos_padding off, with PADDING, which nobody sees and nobody predicts.
+A row is what the chat template makes of the prompt, then the answer and an end of text. Rows are filled up to the
+longest of their batch with more ends of text, which are part of the answer, masked and predicted: so a model learns how
+long answers are. Without eos_padding they are filled up with PADDING, which is neither seen nor predicted.
 
 Shapes: B rows, T sequence.
 """
 
 import json
-from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
@@ -24,7 +23,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..diffusion import PROCESSES, Noised, lengths, sample_t
+from ..diffusion import PROCESSES, Noised, lengths, model_bound, sample_t
 from ..errors import BadInput, BadLuck
 from ..files import write_file
 from ..measure.likelihood import Pair, attention, log_likelihoods
@@ -33,7 +32,8 @@ from ..text.chat import MARKERS, ROLES, ChatTemplate, Message
 from ..text.corpora import records
 from ..text.ids import Tokens, digest_of
 from ..text.tokenizer import Tokenizer
-from .config import TrainConfig
+from .config import SFTConfig, TunedConfig
+from .pretraining import losses_by_part
 
 PADDING = -1  # in a row: no token
 # For tokenizers without a chat's markers: the texts as they are, an end of text behind every answer.
@@ -49,41 +49,42 @@ Item = list[Pair]  # the turns of a dialogue, or two answers to the same prompt
 
 
 def objects(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Where it stands, and the object, of every line that is not empty. Raises BadInput, BadLuck."""
+    """Yield ("FILE, line N", object) for every line that is not empty. Raises BadInput, BadLuck."""
     path = Path(path)
     if not path.is_file():
-        raise BadLuck(f"data: expected a JSONL file, got {path}; give one")
+        raise BadLuck(f"data: expected a JSONL file, got {path}; give the path of one")
     for where, record in records(path):
         if not isinstance(record, dict):
-            raise BadInput(f"{where}: expected an object, got {type(record).__name__}; mend the line")
+            raise BadInput(f"{where}: expected an object, got {type(record).__name__}; write {{...}} in that line")
         yield where, record
 
 
 def text_of(record: dict, key: str) -> str:
-    """The text of a key, without the space around it, as templates have it. Raises BadInput for none."""
+    """Return the text of a key, without the space around it, as chat templates do. Raises BadInput for none."""
     text = record.get(key)
     if not isinstance(text, str) or not text.strip():
         got = "none" if text is None else "an empty one" if isinstance(text, str) else type(text).__name__
-        raise BadInput(f'expected a text "{key}", got {got}; mend the line')
+        raise BadInput(f'expected a text "{key}", got {got}; add "{key}": "..." to that line')
     return text.strip()
 
 
 def dialogue(record: dict) -> list[Turn]:
-    """Every answer of a dialogue, with what stands before it. Raises BadInput."""
+    """Return every answer of a dialogue, with what stands before it. Raises BadInput."""
     if "messages" not in record:
         return [([{"role": "user", "content": text_of(record, "prompt")}], text_of(record, "answer"))]
     found = record["messages"]
     if not isinstance(found, list) or not all(isinstance(m, dict) and m.get("role") in ROLES for m in found):
-        raise BadInput(f'expected "messages" with a role of {", ".join(ROLES)} each, got others; mend the line')
+        what = f'expected "messages" with a role of {", ".join(ROLES)} each, got others'
+        raise BadInput(f"{what}; change the roles of that line")
     messages = [{"role": message["role"], "content": text_of(message, "content")} for message in found]
     turns = [(messages[:i], m["content"]) for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:
-        raise BadInput("expected an answer of the assistant, got none; mend the line")
+        raise BadInput("expected an answer of the assistant, got none; add one to that line")
     return turns
 
 
 def teach(directory: str | Path, tokenizer: Tokenizer) -> ChatTemplate:
-    """The chat template to train with: the directory's, else LLaDA's, else, without its markers, PLAIN."""
+    """Return the chat template to train with: the directory's, else LLaDA's or, where its markers lack, PLAIN."""
     template = ChatTemplate.load(directory, tokenizer)
     if template.own or all(tokenizer.inner.token_to_id(marker) is not None for marker in MARKERS):
         return template
@@ -91,19 +92,20 @@ def teach(directory: str | Path, tokenizer: Tokenizer) -> ChatTemplate:
 
 
 class Taught(NamedTuple):
-    """A tokenizer with the template that answers were learned with: how a checkpoint remembers that it can answer."""
+    """Save the template that answers were learned with beside the tokenizer, so that a checkpoint can chat."""
 
     tokenizer: Tokenizer
     template: ChatTemplate
 
     def save(self, directory: str | Path) -> None:
+        """Write both into a directory."""
         self.tokenizer.save(directory)
         write_file(Path(directory) / "chat_template.jinja", [self.template.source.encode()])
 
 
 @dataclass(frozen=True)
 class Items(Tokens):
-    """The lines of a file as ids; the last tenth of them validates."""
+    """Hold the lines of a file as ids; the last tenth of them validates."""
 
     learned: list[Item]
     held: list[Item]
@@ -111,18 +113,18 @@ class Items(Tokens):
 
     @property
     def prompt(self) -> list[int]:
-        """One that is not trained on."""
+        """Return the first prompt that is not trained on."""
         return self.held[0][0][0]
 
 
 def encode(turns: Iterable[Turn], template: ChatTemplate, c: ModelConfig) -> Item:
-    """The ids of some turns, an end of text behind every answer. Raises BadInput."""
+    """Return the ids of some turns, an end of text behind every answer. Raises BadInput."""
     pairs = []
     for before, answer in turns:
         prompt, ids = template.encode_chat(before), [*template.tokenizer.encode(answer), c.eos_id]
         if (length := len(prompt) + len(ids)) > c.max_len:
             what = f"expected at most {c.max_len} tokens of prompt, answer and end of text, got {length}"
-            raise BadInput(f"{what}; shorten it")
+            raise BadInput(f"{what}; shorten that line")
         pairs.append((prompt, ids))
     return pairs
 
@@ -132,7 +134,8 @@ def read_items(
 ) -> Items:
     """Read a JSONL file for a model. Raises BadInput, which names the line, and BadLuck."""
     if c.eos_id is None:
-        raise BadInput("model: expected one with an end of text, which answers end with, got none; use another")
+        what = "model: expected one with an end of text, which answers end with, got none"
+        raise BadInput(f"{what}; begin with a model that has an eos_id")
     items, where = [], str(path)
     try:
         for where, record in objects(path):  # noqa: B007 named in the error
@@ -142,23 +145,26 @@ def read_items(
     if len(items) < 2:
         raise BadInput(f"{path}: expected two lines or more, to learn from and to validate, got {len(items)}; add some")
     held = max(1, len(items) // 10)
-    learned, held = items[:-held], items[-held:]
-    longest = max(len(prompt) + len(answer) for item in items for prompt, answer in item)
+    return measured(items[:-held], items[-held:], template)
+
+
+def measured(learned: list[Item], held: list[Item], template: ChatTemplate) -> Items:
+    """Return the items with what is counted of them."""
+    longest = max(len(prompt) + len(answer) for item in (*learned, *held) for prompt, answer in item)
     flat = lambda part: np.fromiter((id for item in part for pair in item for ids in pair for id in ids), np.int64)
     answers = [answer for item in held for _, answer in item]
     texts, n = [template.tokenizer.decode(answer) for answer in answers], sum(map(len, answers))
     characters, size = sum(map(len, texts)) / n, sum(len(text.encode()) for text in texts) / n
     digest = digest_of(template.tokenizer)
-    digest.update(json.dumps([template.source, items]).encode())
-    val = np.resize(flat(held), max(longest, len(flat(held))))  # repeated where it is shorter than one row
-    return Items(flat(learned), val, characters, size, digest.hexdigest(), learned, held, longest)
+    digest.update(json.dumps([template.source, [*learned, *held]]).encode())
+    return Items(flat(learned), flat(held), characters, size, digest.hexdigest(), learned, held, longest)
 
 
 # ---- from rows to a loss
 
 
 def visits(n: int, seed: int, start: int) -> Iterator[tuple[int, float]]:
-    """For ever from visit number `start` (from 0): which of n items, and a number in [0,1) to choose a turn with.
+    """Yield for ever, from visit number `start` (from 0): which of n items, a number in [0,1) to choose a turn with.
 
     Visit k depends on the seed and on k alone. An epoch is every item once, in random order.
     """
@@ -170,90 +176,66 @@ def visits(n: int, seed: int, start: int) -> Iterator[tuple[int, float]]:
 
 
 def stack(pairs: Sequence[Pair], fill: int) -> tuple[Tensor, Tensor]:
-    """Rows (B,T) filled up to the longest, and which of their tokens may be masked: the answers, and what fills them
-    up if that is a token."""
+    """Return rows x0 (B,T) filled up to the longest, and maskable (B,T): their answers, and `fill` unless PADDING.
+
+    ([1], [2]) and ([3, 4], [5]) with fill 9 -> [[1, 2, 9], [3, 4, 5]], [[F, T, T], [F, F, T]].
+    """
     x0 = pad_sequence([torch.tensor([*prompt, *answer]) for prompt, answer in pairs], True, fill)
     start = torch.tensor([len(prompt) for prompt, _ in pairs])
     return x0, (torch.arange(x0.shape[1]) >= start[:, None]) & (x0 != PADDING)
 
 
 def per_answer(noised: Noised, maskable: Tensor) -> Noised:
-    """The same noise, weighed so that `pretraining_loss` is SFT's: each token's cross-entropy over the length of its
-    own answer, their sum over the number of rows."""
+    """Return noise whose weights make `row_loss` SFT's loss: each token's cross-entropy over the length of its own
+    answer, and the sum of them over the number of rows."""
     return noised._replace(weight=noised.weight * maskable.shape[1] / lengths(maskable, maskable))
 
 
-def hide_padding(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """A hook before a model's evaluations: PADDING is hidden from attention, and stands for no id in the embedding."""
-    valid = args[0] != PADDING
-    if valid.all():
-        return None
-    return (args[0].clamp(min=0), *args[1:]), {**kwargs, "attn_mask": attention(valid)}
+def row_bounds(model: nn.Module, x0: Tensor, noised: Noised) -> Tensor:
+    """Return the bound of every row (B,) in nats. PADDING is hidden from attention; any id stands in for it."""
+    return model_bound(model, x0, noised._replace(xt=noised.xt.clamp(min=0)), attention(x0 != PADDING))
+
+
+def row_loss(model: nn.Module, x0: Tensor, noised: Noised) -> Tensor:
+    """Do what `pretraining_loss` does, for rows with PADDING."""
+    return row_bounds(model, x0, noised).mean() / x0.shape[1]
+
+
+def item_batches(items: Items, config: TunedConfig, start: int) -> Iterator[list[tuple[Item, float]]]:
+    """Yield for ever, from batch number `start` (from 0): its items, each with a number in [0,1) to choose a turn with.
+    Batch n depends on the seed and on n alone."""
+    stream = visits(len(items.learned), config.seed, start * config.batch_size)
+    while True:
+        yield [(items.learned[i], chance) for i, chance in islice(stream, config.batch_size)]
 
 
 class SFT:
-    """What training asks of its text: batches, the noise and weights of one, and a validation."""
+    """Predict the hidden tokens of answers."""
 
-    turns_of = staticmethod(dialogue)
-
-    def __init__(self, items: Items, config: TrainConfig, c: ModelConfig) -> None:
+    def __init__(self, items: Items, config: SFTConfig, c: ModelConfig) -> None:
         self.items, self.config, self.mask_id = items, config, c.mask_id
         self.fill = c.eos_id if config.eos_padding else PADDING
+        self.numbers: dict = {}
 
     def batches(self, start: int) -> Iterator[list[Pair]]:
-        """For ever from batch number `start` (from 0); batch n depends on the seed and on n alone."""
-        size = self.config.batch_size
-        stream = visits(len(self.items.learned), self.config.seed, start * size)
-        while True:
-            yield [self.choose(self.items.learned[i], chance) for i, chance in islice(stream, size)]
+        """Yield batches of turns for ever, from number `start`."""
+        for batch in item_batches(self.items, self.config, start):
+            yield [item[int(chance * len(item))] for item, chance in batch]
 
-    def choose(self, item: Item, chance: float) -> Pair:
-        return item[int(chance * len(item))]
-
-    def noise(self, model: nn.Module, batch: list[Pair], precision: str, rng: Generator) -> tuple[Tensor, Noised, dict]:
-        """x0 (B,T), its noise, weighed so that `pretraining_loss` has the gradient that is wanted, and what to log."""
+    def noise(self, batch: list[Pair], rng: Generator) -> tuple[Tensor, Noised]:
+        """Return x0 (B,T) and its noise, weighed for SFT."""
         x0, maskable = stack(batch, self.fill)
         noised = PROCESSES[self.config.process](x0, self.mask_id, sample_t(len(x0), rng), rng, maskable)
-        return x0, per_answer(noised, maskable), {}
+        return x0, per_answer(noised, maskable)
 
-    def validate(self, model: nn.Module, items: Items, config: TrainConfig, precision: str) -> tuple[float, None]:
-        """Upper bound of -log p of held-out answers with their end of text, in nats per character of them: 128 at most,
-        2 masks each, always the same. (There is no curve by masking level.)"""
-        pairs = list(islice(chain.from_iterable(items.held), 128))
+    def losses(self, model: nn.Module, batch: list[Pair], rng: Generator) -> Iterator[Tensor]:
+        """Yield this process's parts of the bound, in nats per token of an answer."""
+        yield from losses_by_part(row_loss, model, *self.noise(batch, rng), self.config)
+
+    def validate(self, model: nn.Module) -> dict:
+        """Return the bound of held-out answers and their ends of text, in nats per character of them: 128 answers at
+        most, 2 masks each, always the same."""
+        pairs = list(islice(chain.from_iterable(self.items.held), 128))
         values, _ = log_likelihoods(model, pairs, n_samples=2)
         tokens = sum(len(answer) for _, answer in pairs)
-        return -values.sum().item() / tokens / items.characters_per_token, None
-
-
-# ---- options of train_tiny.py
-
-
-def add_tuning(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("to go on from a trained model (docs/assistant.md)")
-    group.add_argument("--sft", metavar="DATA", help="teach it to answer: JSONL with prompt and answer, or messages")
-    group.add_argument("--prefer", metavar="DATA", help="VRPO: JSONL with prompt, chosen and rejected")
-    group.add_argument("--from", dest="start", metavar="RUN", help="the run or model directory to begin with")
-    group.add_argument("--lora", type=int, metavar="RANK", help="train adapters, which are merged when saved")
-    switch = {"action": "store_false", "default": None}
-    group.add_argument("--no-eos-padding", dest="eos_padding", help="SFT: one end of text per answer", **switch)
-    group.add_argument("--samples", type=int, metavar="N", help="VRPO: masking levels for each bound (default: 8)")
-    group.add_argument("--masks", type=int, metavar="N", help="VRPO: masks at each of them (default: 1)")
-    group.add_argument("--no-shared", dest="shared", help="VRPO: other masks for the reference", **switch)
-    group.add_argument("--beta", type=float, help="VRPO: of the preference loss (default: 0.2)")
-    group.add_argument("--sft-share", type=float, help="VRPO: of SFT's loss on the chosen answers (default: 0.05)")
-
-
-def tuned(args: dict) -> dict:
-    """The options as fields of TrainConfig: what is learned, and from which data. Raises BadInput."""
-    given = {name: args.pop(name) for name in ("sft", "prefer")}
-    chosen = {name: data for name, data in given.items() if data is not None}
-    if not chosen:
-        data = args["data"] or ["docs"]
-        return args | {"data": data[0] if len(data) == 1 else tuple(data), "objective": None}
-    (objective, data), *others = chosen.items()
-    if args["start"] is None:
-        raise BadInput(f"from: expected a run or model directory to begin {objective} with, got none; add --from RUN")
-    for name in (*(other for other, _ in others), "data", "preset", "tokenizer", "length"):
-        if (chosen | args).get(name) is not None:
-            raise BadInput(f"{name}: expected none with --{objective}, got {(chosen | args)[name]!r}; leave it out")
-    return args | {"data": data, "objective": objective}
+        return {"bound": -values.sum().item() / tokens / self.items.characters_per_token}

@@ -4,39 +4,41 @@
 
     loss = -log sigmoid(beta * score),    score = [B(chosen) - B_ref(chosen)] - [B(rejected) - B_ref(rejected)]
 
-B is a lower bound of log p(answer | prompt), B_ref that of the frozen model where training began. Both are estimates,
-and their noise is the whole difficulty: log-sigmoid is no straight line, so noise also biases. Three things reduce it,
-each with a switch: the budget (`samples`), a masking level of its own for every mask (`masks` = 1), and the same levels
-and masks for the model and the reference (`shared`). Subtracting a baseline from B and B_ref does nothing: it cancels,
-in the value and in the gradient.
+B is a lower bound of log p(answer | prompt), B_ref that of the frozen model where training began. Both are estimated,
+and log-sigmoid is no straight line, so the noise of the estimates also biases the loss. Three things reduce it, each
+with a switch: the budget (`samples`), a masking level of its own for every mask (`masks` = 1), and the same levels and
+masks for the model and the reference (`shared`). Subtracting a baseline from B and B_ref does nothing: it cancels, in
+the value and in the gradient.
 
 Shapes: P pairs, N = samples * masks estimates of each bound, B = P * 2 * N rows, T sequence.
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.distributed import ReduceOp
 
-from ..diffusion import PROCESSES, Noised, model_bound, sample_t
-from ..model import ModelConfig
-from .config import TrainConfig
-from .distributed import reduce, share
+from ..diffusion import PROCESSES, Noised, sample_t
+from .config import VRPOConfig
+from .distributed import reduce, share, shares
 from .lora import without_adapters
-from .optim import autocast
-from .sft import PADDING, SFT, Item, Items, Turn, stack, text_of
+from .optim import evaluation
+from .pretraining import part_of
+from .sft import PADDING, Item, Items, Turn, item_batches, row_bounds, stack, text_of
 
 
 def compared(record: dict) -> list[Turn]:
-    """The better and the worse answer to a prompt. Raises BadInput."""
+    """Return the better and the worse answer to a prompt. Raises BadInput."""
     prompt = [{"role": "user", "content": text_of(record, "prompt")}]
     return [(prompt, text_of(record, key)) for key in ("chosen", "rejected")]
 
 
 def scores(policy: Tensor, reference: Tensor) -> Tensor:
-    """How many nats more the model has gained on the chosen answer than on the rejected, over the reference: (P,).
+    """Return how many nats more the model has gained on the chosen answer than on the rejected one, (P,).
 
     policy, reference (P,2,N): estimates of the upper bounds of -log p, the chosen answer's first.
     """
@@ -45,85 +47,92 @@ def scores(policy: Tensor, reference: Tensor) -> Tensor:
 
 
 def preference_loss(policy: Tensor, reference: Tensor, beta: float = 0.2) -> Tensor:
-    """DPO's loss on bounds, averaged over pairs: ln 2 where the model is the reference."""
+    """Return DPO's loss on bounds, averaged over pairs: ln 2 where the model is the reference."""
     return -F.logsigmoid(beta * scores(policy, reference)).mean()
 
 
 def vrpo_loss(policy: Tensor, reference: Tensor, length: Tensor, beta: float = 0.2, sft: float = 0.05) -> Tensor:
-    """With a little of SFT's loss on the chosen answers, of `length` (P,) tokens each."""
+    """Return `preference_loss` with a little of SFT's loss on the chosen answers, of `length` (P,) tokens each."""
     return preference_loss(policy, reference, beta) + sft * (policy[:, 0].mean(-1) / length).mean()
 
 
-def draw(
-    x0: Tensor, maskable: Tensor, mask_id: int, rng: Generator, config: TrainConfig, stratified: bool = True
-) -> Noised:
-    """Noise for P * 2 answers, each N times in neighbouring rows of x0 (B,T).
+class Drawn(NamedTuple):
+    """Hold a batch of pairs as rows with their noise: 2 N rows for each pair, its chosen answer's first."""
 
-    An answer's levels are from equal slices of (0,1] (`sample_t`), or independent, as LLaDA 1.5 has them.
+    x0: Tensor  # (B,T)
+    noised: Noised  # for the model
+    theirs: Noised  # for the reference
+    length: Tensor  # (P,) tokens of the chosen answers
+
+
+class VRPO:
+    """Prefer the chosen answer of each pair to the rejected one.
+
+    reference: the model where training began, frozen; None: the trained model without its adapters.
+    stratified: an answer's masking levels are from equal slices of (0,1]; False: independent, as LLaDA 1.5 has them.
     """
-    answers = len(x0) // (config.samples * config.masks)
-    t = torch.stack([sample_t(config.samples, rng, stratified) for _ in range(answers)])
-    return PROCESSES[config.process](x0, mask_id, t.repeat_interleave(config.masks, 1).flatten(), rng, maskable)
 
+    def __init__(
+        self, items: Items, config: VRPOConfig, mask_id: int, reference: nn.Module | None, stratified: bool = True
+    ) -> None:
+        self.items, self.config, self.mask_id = items, config, mask_id
+        self.reference, self.stratified = reference, stratified
+        self.numbers: dict = {}
 
-@torch.no_grad()
-def bounds(model: nn.Module, x0: Tensor, noised: Noised, config: TrainConfig, precision: str) -> Tensor:
-    """The bound of every row (B,), on the CPU: each process computes its share, in `accumulate` passes."""
-    found = torch.full((len(x0),), -torch.inf)
-    for rows in share(len(x0), config.accumulate):
-        mine = Noised(*(x[rows].to(config.device) for x in noised))
-        with autocast(config, precision):
-            found[rows] = model_bound(model, x0[rows].to(config.device), mine).cpu()
-    return reduce(found)
+    def batches(self, start: int) -> Iterator[list[Item]]:
+        """Yield batches of pairs for ever, from number `start`."""
+        for batch in item_batches(self.items, self.config, start):
+            yield [item for item, _ in batch]
 
+    def draw(self, batch: list[Item], rng: Generator) -> Drawn:
+        """Draw the noise of a whole batch, before anything is evaluated: it does not depend on how rows are dealt out.
+        Every answer comes N times; PADDING fills rows up."""
+        config, n = self.config, self.config.samples * self.config.masks
+        rows, answers = stack([pair for item in batch for pair in item], PADDING)
+        x0, maskable = (x.repeat_interleave(n, 0) for x in (rows, answers))
 
-class VRPO(SFT):
-    """SFT with pairs of answers for items."""
+        def noise() -> Noised:
+            t = torch.stack([sample_t(config.samples, rng, self.stratified) for _ in range(len(rows))])
+            return PROCESSES[config.process](
+                x0, self.mask_id, t.repeat_interleave(config.masks, 1).flatten(), rng, maskable
+            )
 
-    reference: nn.Module | None  # the frozen one; None: the model without its adapters
+        noised = noise()
+        return Drawn(x0, noised, noised if config.shared else noise(), answers.sum(1)[::2])
 
-    turns_of = staticmethod(compared)
-
-    def __init__(self, items: Items, config: TrainConfig, c: ModelConfig) -> None:
-        super().__init__(replace(items, characters_per_token=1.0), config, c)  # the loss is of answers, not of tokens
-        self.fill, self.reference = PADDING, None  # an end of text is learned, what fills a row is not
-
-    def choose(self, item: Item, chance: float) -> Item:
-        return item
-
-    def compare(
-        self, model: nn.Module, batch: list[Item], precision: str, rng: Generator
-    ) -> tuple[Tensor, Noised, Tensor, Tensor, Tensor]:
-        """x0 (B,T), its noise, the bounds (P,2,N) of the model and the reference, the chosen answers' lengths (P,)."""
+    def bounds(self, model: nn.Module, drawn: Drawn, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the bounds of these pairs (p,) by the model and by the reference, (p,2,N) each; the latter has no
+        gradient."""
         n = self.config.samples * self.config.masks
-        x0, maskable = (x.repeat_interleave(n, 0) for x in stack([pair for item in batch for pair in item], self.fill))
-        noised = draw(x0, maskable, self.mask_id, rng, self.config)
-        theirs = noised if self.config.shared else draw(x0, maskable, self.mask_id, rng, self.config)
-        policy = bounds(model, x0, noised, self.config, precision)
-        with without_adapters(model) if self.reference is None else nullcontext():
-            reference = bounds(self.reference or model, x0, theirs, self.config, precision)
-        length = maskable.sum(1).view(-1, 2, n)[:, 0, 0]
-        return x0, noised, policy.view(-1, 2, n), reference.view(-1, 2, n), length
+        rows = (pairs[:, None] * 2 * n + torch.arange(2 * n)).flatten()
+        own = without_adapters(model) if self.reference is None else nullcontext()
+        with torch.no_grad(), own, evaluation(self.config):
+            theirs = row_bounds(self.reference or model, *part_of(drawn.x0, drawn.theirs, rows, self.config))
+        with evaluation(self.config):
+            ours = row_bounds(model, *part_of(drawn.x0, drawn.noised, rows, self.config))
+        return ours.view(-1, 2, n), theirs.view(-1, 2, n)
 
-    def noise(self, model: nn.Module, batch: list[Item], precision: str, rng: Generator) -> tuple[Tensor, Noised, dict]:
-        """As in SFT. The bounds are evaluated twice: first without a gradient, to learn how much the loss depends on
-        each row's bound; then, by whoever called, a few rows at a time, weighed by that. The gradient is that of the
-        loss, and no more rows need be in memory at a time than in one pass.
-        """
-        x0, noised, policy, reference, length = self.compare(model, batch, precision, rng)
-        policy.requires_grad_()
-        loss = vrpo_loss(policy, reference, length, self.config.beta, self.config.sft_share)
-        (slope,) = torch.autograd.grad(loss, policy)  # d loss / d bound
-        score = scores(policy, reference)
-        told = {"loss": loss.item(), "score": score.mean().item(), "preferred": (score > 0).float().mean().item()}
-        return x0, noised._replace(weight=noised.weight * slope.flatten() * x0.numel()), told
+    def losses(self, model: nn.Module, batch: list[Item], rng: Generator) -> Iterator[Tensor]:
+        """Yield `vrpo_loss` of this process's pairs, in `accumulate` parts. Then `numbers` has the mean score of the
+        batch and the share of pairs whose chosen answer is preferred."""
+        drawn, config, told = self.draw(batch, rng), self.config, []
+        for pairs in shares(model, len(batch), config.accumulate):
+            policy, reference = self.bounds(model, drawn, pairs)
+            told.append(scores(policy.detach(), reference).cpu())
+            length = drawn.length[pairs].to(config.device)
+            yield vrpo_loss(policy, reference, length, config.beta, config.sft_share) / config.accumulate
+        score = torch.cat(told)
+        sums = reduce(torch.stack([score.sum(), (score > 0).sum().float()]), ReduceOp.SUM)
+        self.numbers = dict(zip(("score", "preferred"), (sums / len(batch)).tolist(), strict=True))
 
     @torch.no_grad()
-    def validate(self, model: nn.Module, items: Items, config: TrainConfig, precision: str) -> tuple[float, None]:
-        """The preference loss of held-out pairs, 128 at most, with noise that is always the same."""
-        rng, held, losses = Generator().manual_seed(0), items.held[:128], []
+    def validate(self, model: nn.Module) -> dict:
+        """Return the preference loss of held-out pairs, 128 at most, with noise that is always the same."""
+        rng, config, held, total = Generator().manual_seed(0), self.config, self.items.held[:128], 0.0
         for first in range(0, len(held), config.batch_size):
             batch = held[first : first + config.batch_size]
-            _, _, policy, reference, _ = self.compare(model, batch, precision, rng)
-            losses += [len(batch) * preference_loss(policy, reference, config.beta).item()]
-        return sum(losses) / len(held), None
+            drawn, score = self.draw(batch, rng), torch.full((len(batch),), -torch.inf)
+            for pairs in share(len(batch), config.accumulate):
+                score[pairs] = scores(*self.bounds(model, drawn, pairs)).cpu()
+            total -= F.logsigmoid(config.beta * reduce(score)).sum().item()
+        return {"preference_loss": total / len(held)}

@@ -1,0 +1,75 @@
+"""Pre-training as a run does it: on a text on disk, in several parts and processes, validated per character.
+
+What is learned, and from which noise, is `Pretraining` of `train.py`. Shapes: B rows, T sequence, n windows.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ..diffusion import PROCESSES, Noised, model_bound, pretraining_loss
+from ..text.ids import Tokens, batches, validation_batch
+from ..train import Pretraining
+from .config import RunConfig, TrainConfig
+from .distributed import reduce, share, shares
+from .optim import evaluation
+
+LEVELS = 10  # equal bins of (0,1]
+
+
+def part_of(x0: Tensor, noised: Noised, rows: Tensor, config: RunConfig) -> tuple[Tensor, Noised]:
+    """Return these rows of a batch and of its noise, on the config's device."""
+    return x0[rows].to(config.device), Noised(*(x[rows] for x in noised)).to(config.device)
+
+
+def losses_by_part(
+    loss: Callable[..., Tensor], model: nn.Module, x0: Tensor, noised: Noised, config: RunConfig
+) -> Iterator[Tensor]:
+    """Yield loss(model, x0, noised), a mean over rows, for each part that this process has of a batch, over accumulate:
+    their sum, averaged over processes, is the loss of the batch."""
+    for rows in shares(model, len(x0), config.accumulate):
+        with evaluation(config):
+            part = loss(model, *part_of(x0, noised, rows, config)) / config.accumulate
+        yield part
+
+
+class TextPretraining(Pretraining):
+    """Predict the hidden tokens of a text."""
+
+    def __init__(self, text: Tokens, config: TrainConfig, mask_id: int) -> None:
+        draw = partial(batches, text.train, config.batch_size, config.length, config.seed)
+        super().__init__(draw, validation_batch(text.val, 128, config.length), mask_id, PROCESSES[config.process])
+        self.text, self.config = text, config
+
+    def losses(self, model: nn.Module, batch: Tensor, rng: Generator) -> Iterator[Tensor]:
+        """Yield this process's parts of the bound in nats per token."""
+        yield from losses_by_part(pretraining_loss, model, *self.noise(batch, rng), self.config)
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module) -> dict:
+        """Return the bound of the held-out windows, in nats per character, and the loss by masking level.
+
+        "levels" are (t, nats per masked token) at the middle of ten bins of the masking level, those left out that no
+        row fell into. The bound is the area under that curve, over characters per token. A window is predicted without
+        what stands before it.
+        """
+        x0, noised = self.held_noise()
+        bounds = torch.full((len(x0),), -torch.inf)
+        (mine,) = share(len(x0))
+        for rows in mine.split(32):
+            with evaluation(self.config):
+                bounds[rows] = model_bound(model, *part_of(x0, noised, rows, self.config)).cpu()
+        bounds = reduce(bounds).double()  # (2n,), of all processes
+        nats = bounds.view(-1, 2).mean(1).mean().item()  # of a window
+        return {"bound": nats / x0.shape[1] / self.text.characters_per_token, "levels": by_level(bounds, noised)}
+
+
+def by_level(bounds: Tensor, noised: Noised) -> list[tuple[float, float]]:
+    """Return (t, nats per masked token) for each of ten bins of the masking level, from the bounds of rows (B,)."""
+    count = noised.masked.sum(1)
+    bins = (count * LEVELS - 1) // noised.masked.shape[1]  # masking level (0, 0.1] is bin 0
+    zeros = torch.zeros(LEVELS).double()
+    nats, tokens = (zeros.index_add(0, bins, x.double()) for x in (bounds / noised.weight, count))
+    return [((i + 0.5) / LEVELS, (nats[i] / tokens[i]).item()) for i in range(LEVELS) if tokens[i]]
