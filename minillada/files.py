@@ -70,19 +70,31 @@ def temporary(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that becomes `path` at the end, flushed and renamed, or leaves no trace. Raises BadLuck."""
+def drafted(path: Path) -> Iterator[Path]:
+    """Give a name to write a file under; at the end flush the file and rename it to `path`, or leave no trace.
+
+    Raises BadLuck.
+    """
     draft = temporary(path)
     with one_line(f"{path}: expected to write it", "free the disk or choose another"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(draft, "wb") as file:
-                yield file
-                file.flush()
+            draft.touch()
+            mode = stat.S_IMODE(draft.stat().st_mode)
+            yield draft  # safetensors puts another file here, which others may not read
+            os.chmod(draft, mode)
+            with open(draft, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that becomes `path` at the end, flushed and renamed, or leaves no trace. Raises BadLuck."""
+    with drafted(path) as draft, open(draft, "wb") as file:
+        yield file
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict:

@@ -242,6 +242,16 @@ def test_saving_over_a_model_is_refused(tmp_path):
     assert same_weights(checkpoint.load(tmp_path / "saved")[0], make(seed=1))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX modes")
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path):
+    before = os.umask(0o027)
+    try:
+        checkpoint.save(make(), tmp_path / "saved")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "saved").iterdir()} == {0o640}
+
+
 @pytest.mark.parametrize("fails_at", range(4))
 def test_a_save_that_fails_leaves_no_debris(fails_at, tmp_path, monkeypatch):
     (tmp_path / "note.txt").write_text("mine")
@@ -260,9 +270,20 @@ def test_a_save_that_fails_leaves_no_debris(fails_at, tmp_path, monkeypatch):
 
 
 def test_every_file_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
-    events, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("flush"), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(Path(b).name), replace(a, b)))
+    events, flushed, fsync, replace = [], [], os.fsync, os.replace
+
+    def flush(fd):
+        events.append("flush")
+        flushed.append(os.fstat(fd).st_ino)
+        fsync(fd)
+
+    def rename(a, b):
+        events.append(Path(b).name)
+        assert os.stat(a).st_ino == flushed[-1]  # this very file, and not one that has since been replaced
+        replace(a, b)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", rename)
     checkpoint.save(make(), tmp_path / "saved")
     files = ["model.safetensors", "config.json", "manifest.json"]
     assert events[:6] == [event for file in files for event in ("flush", file)]

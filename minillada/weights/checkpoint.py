@@ -262,8 +262,8 @@ def save(model: LLaDA, directory: str | Path, tokenizer: Tokenizer | None = None
     try:
         for file, names in shards.items():
             whole = {name: torch.cat(plan[name]) if len(plan[name]) > 1 else plan[name][0] for name in names}
-            with files.replacing(directory / file) as draft:
-                save_file({name: t.contiguous() for name, t in whole.items()}, draft.name, {"format": "pt"})
+            with files.drafted(directory / file) as draft:
+                save_file({name: t.contiguous() for name, t in whole.items()}, draft, {"format": "pt"})
         for name, document in documents.items():
             files.write_json(directory / name, document)
         if tokenizer is not None:
