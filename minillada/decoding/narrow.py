@@ -1,4 +1,4 @@
-"""Leave out what nobody asks for: in the last layer, queries are needed in the window alone.
+"""Leave out what nobody asks for: the last layer needs queries only where the question is.
 
 Shapes: R rows, T sequence, W window, N holes asked about, V vocabulary.
 """
@@ -11,7 +11,8 @@ from ..strategies import QUICKER, Ask, Whole
 
 
 class Narrow(Whole):
-    """LLaDA with the same logits (N,V) as `Whole`, whose last layer computes queries for the window's columns only."""
+    """LLaDA with the same logits (N,V) as `Whole`. Its last layer computes queries for the window alone, or, of a single
+    row, for the columns asked about."""
 
     def __call__(self, ask: Ask, cache: KVCache | None = None) -> Tensor:
         model, (row, column), window = self.model, ask.where, ask.window
@@ -24,9 +25,10 @@ class Narrow(Whole):
         last, mask = model.layers[-1], ask.attn_mask
         normed = last.attn_norm(x)
         k, v = last.attn.keys_and_values(normed, around)
-        q = last.attn.queries(normed[:, window], tuple(angle[..., window, :] for angle in rotary))  # (R,H,W,D)
-        y = attend(q, k, v, mask[..., window, :] if mask is not None and mask.shape[-2] > 1 else mask)
-        y = y.transpose(1, 2).flatten(2)[row, column - window.start]  # (N,H*D)
+        columns, there = (column, torch.arange(len(row))) if len(ask.x) == 1 else (window, column - window.start)
+        q = last.attn.queries(normed[:, columns], tuple(angle[..., columns, :] for angle in rotary))  # (R,H,W|N,D)
+        y = attend(q, k, v, mask[..., columns, :] if mask is not None and mask.shape[-2] > 1 else mask)
+        y = y.transpose(1, 2).flatten(2)[row, there.to(row.device)]  # (N,H*D)
         x = x[row, column] + last.attn.o(y)
         return model.head(model.norm(x + last.ffn(last.ffn_norm(x))))
 

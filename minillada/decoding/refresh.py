@@ -84,6 +84,7 @@ class Refresh:
         asked = first.any(0).nonzero().flatten()  # (A,)
         if not len(asked):
             return
+        rows = slice(None) if len(ask.rows) == len(self.calls) else ask.rows  # a slice copies nothing
         given, mine = given[:, asked], (ask.rows[:, None], asked)
         here = torch.arange(len(given), device=asked.device)[:, None]
         plans = [self.plan(first[:, asked], given)] + [self.plan(due[:, asked], given)] * (self.config.n_layer - 1)
@@ -102,7 +103,7 @@ class Refresh:
             there = ask.rows[row], asked[place]  # and where they are on the canvas
             held_k[there] = attn.keys(h, rotary).transpose(1, 2).flatten(2)[row, rank]
             held_v[there] = v[row, place]
-            k, values = attn.heads(held_k[ask.rows]), attn.heads(held_v[ask.rows])  # (R,Hkv,T,D)
+            k, values = attn.heads(held_k[rows]), attn.heads(held_v[rows])  # (R,Hkv,T,D)
             y = attend(attn.queries(h, rotary), k, values, ask.attn_mask)  # (R,H,M,D)
             y = attn.o(y.transpose(1, 2).flatten(2)[row, rank])  # (N,C)
             change[there] = y + layer.ffn(layer.ffn_norm(x[row, place] + y))
