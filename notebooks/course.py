@@ -18,10 +18,11 @@ from typing import TypeVar
 
 import matplotlib
 
-from minillada import TrainConfig, TrainStep, train
+from minillada import TrainConfig, train
 from minillada.commands import cli
 from minillada.errors import check_one_of
 from minillada.text.corpora import cache_dir
+from minillada.training.run import RunStep
 
 ROOT = Path(__file__).resolve().parents[1]
 Step = TypeVar("Step")
@@ -51,7 +52,7 @@ matplotlib.rcParams |= {"axes.grid": True, "axes.grid.axis": "y", "grid.color": 
 
 
 def run(name: str) -> Path:
-    """The run directory of a trained model: runs/course/NAME if it is there, else one trained for seconds, and kept.
+    """Return the run directory of a trained model: runs/course/NAME or, without one, a run of seconds that is kept.
 
     Raises BadInput for a name that is neither there nor in the table.
     """
@@ -68,24 +69,24 @@ def run(name: str) -> Path:
 
 
 def is_real(path: Path) -> bool:
-    """Whether that is what `make course-runs` made, and not a short version."""
+    """Return whether `make course-runs` made that, and not a short version."""
     return path.is_relative_to(RUNS)
 
 
 def last(steps: Iterator[Step]) -> Step:
-    """Take all steps, and keep the last one."""
+    """Take all steps, and return the last one."""
     (*_, step) = steps
     return step
 
 
 def triples(text: str) -> list[tuple[str, ...]]:
-    """Three neighbouring words each: what a text is made of, to see whether another has it too."""
+    """Return every three neighbouring words of a text, to see whether another text has them too."""
     words = text.split()
     return list(zip(words, words[1:], words[2:], strict=False))
 
 
-def make(config: TrainConfig, where: Path) -> Iterator[TrainStep]:
-    """Train into the directory `where`, which is there as a whole when the last step is done, or not at all."""
+def make(config: TrainConfig, where: Path) -> Iterator[RunStep]:
+    """Train, yielding every step. The directory `where` is there when the last step is done, or not at all."""
     where.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=where.parent, prefix=".") as draft:
         yield from train(replace(config, out=f"{draft}/run"))

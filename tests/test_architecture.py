@@ -1,4 +1,4 @@
-"""The rules of the house, read off the source."""
+"""The rules of the house, read off the source; docs/architecture.md states them."""
 
 import ast
 import re
@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "minillada"
 SOURCES = sorted(
     path for path in ROOT.rglob("*.py") if not {".venv", "build", "tests"} & set(path.relative_to(ROOT).parts)
 )
-TABLE = re.findall(r"^\| (\d+) \| `([\w/]+\.py)` \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
-FLOORS = {path: int(floor) for floor, path in TABLE}
+OURS = [path for path in SOURCES if PACKAGE in path.parents or path.parent == ROOT]
+COURSE = ["plain", "model", "diffusion", "strategies", "sampler", "train"]  # in the order in which they are read
+FLOORS = {"errors": -1, "files": 0, "text": 1, "weights": 2, "decoding": 3, "measure": 3, "show": 3}
+FLOORS |= dict.fromkeys(COURSE, 1) | {"training": 4, "commands": 5, "__init__": 6, "__main__": 6, "top": 6}
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"}
 
 
@@ -19,42 +22,117 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def imports(path: Path) -> set[str]:
-    """The files of this project that a file imports."""
+def room(path: Path) -> str:
+    """The folder inside the package, the name of a file directly in it, or "top" for a script."""
+    if PACKAGE not in path.parents:
+        return "top"
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> set[Path]:
+    """The files of this project that a file imports, also inside functions."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("minillada")):
-            module = (node.module or "").removeprefix("minillada").strip(".")
-            found |= {module} if module else {alias.name for alias in node.names}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom):
+            parts = (node.module or "").split(".") if node.module else []
+            if node.level:
+                base = path.parents[node.level - 1].joinpath(*parts)
+            elif parts[0] == "minillada":
+                base = ROOT.joinpath(*parts)
+            else:
+                continue
+            found |= {base.with_suffix(".py"), base / "__init__.py", *(base / f"{a.name}.py" for a in node.names)}
         elif isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("minillada.") for a in node.names if a.name.startswith("minillada.")}
-    return {f"minillada/{module}.py" for module in found if (ROOT / f"minillada/{module}.py").exists()}
+            found |= {ROOT.joinpath(*a.name.split(".")).with_suffix(".py") for a in node.names}
+    return {other for other in found if other in OURS and other not in (path, PACKAGE / "__init__.py")}
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if name(p) in FLOORS], ids=name)
-def test_a_file_imports_only_from_lower_floors(path):
-    above = {other for other in imports(path) if FLOORS[other] >= FLOORS[name(path)]}
-    assert not above
+def calls(path: Path, attribute: str) -> list[int]:
+    """The lines that call a method of this name."""
+    return [
+        node.lineno
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == attribute
+    ]
 
 
-def test_the_table_of_floors_names_every_file_and_no_other():
-    files = {name(p) for p in SOURCES if p.parent == ROOT or p.parent.name == "minillada"}
-    assert set(FLOORS) == files - {"minillada/__init__.py"}
+# ---- who may import whom ---------------------------------------------------------------------------------------------
 
 
-def test_the_five_files_to_read_stay_under_1100_lines():
-    five = ("model", "diffusion", "strategies", "sampler", "train")
-    assert sum(len((ROOT / f"minillada/{n}.py").read_text().splitlines()) for n in five) < 1100
+@pytest.mark.parametrize("path", OURS, ids=name)
+def test_imports_only_go_down(path):
+    here = room(path)
+    allowed = {other for other, floor in FLOORS.items() if floor < FLOORS[here]} | {here}
+    if here == "text":
+        allowed -= set(COURSE)
+    wrong = {name(other) for other in imports(path) if room(other) not in allowed}
+    if here in COURSE:
+        wrong = {name(other) for other in imports(path) if room(other) not in ("errors", *COURSE[: COURSE.index(here)])}
+    assert not wrong
 
 
-@pytest.mark.parametrize("script", ["train_tiny.py", "sample.py", "load_8b.py"])
-def test_a_script_stays_under_120_lines(script):
-    assert len((ROOT / script).read_text().splitlines()) < 120
+def test_no_file_imports_itself_in_a_circle():
+    graph = {path: imports(path) for path in OURS if path.name != "__init__.py"}
+    while free := [path for path, others in graph.items() if not others & graph.keys()]:
+        for path in free:
+            del graph[path]
+    assert not {name(path) for path in graph}
+
+
+def test_plain_imports_nothing_of_ours():
+    assert not imports(PACKAGE / "plain.py")
+
+
+# ---- what stands where -----------------------------------------------------------------------------------------------
+
+
+def test_backward_and_the_optimisers_step_stand_in_the_course_alone():
+    there = {name(p) for p in OURS if calls(p, "backward") or calls(p, "step")}
+    assert there == {"minillada/plain.py", "minillada/train.py"}
+
+
+@pytest.mark.parametrize("file", COURSE)
+def test_no_function_of_the_course_is_longer_than_forty_lines(file):
+    functions = [n for n in ast.walk(tree(PACKAGE / f"{file}.py")) if isinstance(n, ast.FunctionDef)]
+    assert functions and {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= 40} == {}
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_the_course_is_short():
+    assert sum(lines(PACKAGE / f"{file}.py") for file in COURSE[1:]) <= 1050
+    assert lines(PACKAGE / "plain.py") <= 120
+
+
+def test_the_door_shows_few_files():
+    assert len(list(PACKAGE.glob("*.py"))) <= 12
+
+
+@pytest.mark.parametrize("folder", [p for p in sorted(PACKAGE.iterdir()) if (p / "__init__.py").exists()], ids=name)
+def test_a_room_is_one_level_deep_and_its_init_says_what_it_is_for(folder):
+    assert not [p for p in folder.iterdir() if p.is_dir() and p.name != "__pycache__"]
+    assert len(ast.get_docstring(tree(folder / "__init__.py")) or "") > 80
+    assert len([p for p in folder.glob("*.py") if p.name != "__init__.py"]) > 1  # a room of one file is a file
+
+
+def test_the_documents_name_every_file_and_no_other():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `([\w/]+\.py)` \| .{10,} \|$", text, re.MULTILINE)
+    assert sorted(table) == sorted(name(path) for path in OURS if path.name != "__init__.py")
+
+
+# ---- what is nowhere -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_nothing_is_unpickled_and_no_text_is_run_as_code(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             assert not FORBIDDEN & {alias.name.split(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom):
@@ -69,9 +147,13 @@ def test_nothing_is_unpickled_and_no_text_is_run_as_code(path):
                 assert keyword.arg not in ("trust_remote_code", "allow_pickle"), f"{name(path)}:{node.lineno}"
 
 
-def test_the_readme_counts_the_lines_of_the_five_files():
+@pytest.mark.parametrize("path", OURS, ids=name)
+def test_a_fix_says_what_to_change(path):
+    assert not re.search(r"; (mend|restore|repair)\b", path.read_text(encoding="utf-8"))
+
+
+def test_the_readme_counts_the_lines_of_the_course():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| \[`(\w+\.py)`\]\(minillada/\1\) \| (\d+) \|", readme, re.MULTILINE)
-    counts = {n: len((ROOT / "minillada" / n).read_text(encoding="utf-8").splitlines()) for n, _ in rows}
-    assert len(rows) == 5 and counts == {n: int(count) for n, count in rows}
-    assert f"{sum(counts.values()):,} lines in one sitting" in readme
+    rows = re.findall(r"^\| \[`(\w+)\.py`\]\(minillada/\1\.py\) \| (\d+) \|", readme, re.MULTILINE)
+    assert [file for file, _ in rows] == COURSE
+    assert all(lines(PACKAGE / f"{file}.py") == int(count) for file, count in rows)

@@ -11,7 +11,7 @@ from ..strategies import QUICKER, Ask, Whole
 
 
 class Narrow(Whole):
-    """LLaDA with the same logits (N,V) as `Whole`. Its last layer computes queries for the window alone, or, of a single
+    """LLaDA with the same logits (N,V) as `Whole`. Its last layer computes queries for the window alone or, of a single
     row, for the columns asked about."""
 
     def __call__(self, ask: Ask, cache: KVCache | None = None) -> Tensor:
