@@ -8,7 +8,7 @@ Shapes: B batch, T sequence, S keys, H heads, D head width, C model width, F fee
 E experts.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -61,16 +61,12 @@ class ModelConfig:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         check_model(self)
 
-    def to_dict(self) -> dict:
-        """Return the fields as JSON can hold them; `ModelConfig(**fields)` is the way back."""
-        return {**asdict(self), "dense_layers": list(self.dense_layers)}
-
 
 class KVCache:
     """Remember the keys and values of every layer, each in the slot of its absolute position, after the rotation.
 
-    The first evaluation must cover the whole sequence. A later one over `positions` overwrites those slots alone, so in
-    a bidirectional model the other slots are out of date: an approximation (exact for a model of one layer).
+    The first evaluation must cover the whole sequence. A later one overwrites the slots of its positions alone, so the
+    others are out of date: an approximation, but exact for a model of one layer.
     """
 
     def __init__(self) -> None:

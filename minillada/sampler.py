@@ -34,6 +34,7 @@ from .strategies import (
 
 Rows = Sequence[Sequence[int]]
 Device = torch.device | str
+Model = nn.Module | MaskPredictor  # LLaDA, or whatever answers in its place
 
 
 @dataclass
@@ -204,21 +205,18 @@ class Draft:
         self.x = torch.where(hole & (ended.cumsum(1) > 0), self.stop[0], self.x)
 
 
-def predictor_of(model: nn.Module | MaskPredictor) -> MaskPredictor:
+def predictor_of(model: Model) -> MaskPredictor:
     """Return a module as a mask predictor; one that is a mask predictor already as it is."""
     return quick(Whole)(model) if isinstance(model, nn.Module) else model
 
 
 @torch.no_grad()
-def stream(
-    model: nn.Module | MaskPredictor, canvas: Canvas, config: SampleConfig, seed: int = 0, rivals: int = 0
-) -> Iterator[Step]:
+def stream(model: Model, canvas: Canvas, config: SampleConfig, seed: int = 0, rivals: int = 0) -> Iterator[Step]:
     """Fill the canvas's holes window by window, yielding every step (LLaDA, algorithms 4 and 5).
 
     Given tokens never change. `[MASK]` and ids past the vocabulary are never drawn. The last step of a window commits
-    every hole left in it, so none remains. A step that would commit nothing costs no evaluation. rivals: how many of
-    the likeliest tokens to report for each place that is committed. Raises BadInput, for bad input before the first
-    evaluation.
+    every hole left in it. A step that would commit nothing costs no evaluation. rivals: how many of the likeliest
+    tokens to report for each place that is committed. Raises BadInput.
     """
     predict = predictor_of(model)
     draft = Draft(canvas, predict.config, config, seed, rivals)
@@ -251,9 +249,7 @@ def fill(draft: Draft, predict: Callable[[Ask], Tensor], method: Method, window:
             yield draft.write(rows, window, guess, asked if left == 1 else method.commit(now, guess))
 
 
-def generate(
-    model: nn.Module | MaskPredictor, prompts: Rows, config: SampleConfig | None = None, seed: int = 0
-) -> list[list[int]]:
+def generate(model: Model, prompts: Rows, config: SampleConfig | None = None, seed: int = 0) -> list[list[int]]:
     """Return the new tokens after each of several unequal prompts: gen_len, or those before the first stop id."""
     config, predict = config or SampleConfig(), predictor_of(model)
     canvas = Canvas.continuation(prompts, config.gen_len, predict.config, predict.device)

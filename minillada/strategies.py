@@ -105,8 +105,7 @@ def gumbel_argmax(logits: Tensor, temperature: float, rng: Generator) -> Tensor:
     return (logits.double() + temperature * noise.to(logits.device)).argmax(-1)
 
 
-# A file of decoding/ may put a quicker function with the same result, or the same distribution, beside one of these.
-QUICKER: dict[Callable, Callable] = {}
+QUICKER: dict[Callable, Callable] = {}  # where decoding/ registers functions that do the same in less time
 
 
 def quick(function: Callable) -> Callable:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -323,7 +323,7 @@ def write_config(config: ModelConfig) -> tuple[str, dict, dict]:
     scheme = SCHEMES[name]
     raw = {key: getattr(c, ours) for ours, key in scheme.keys.items()} | scheme.fixed | scheme.ignored
     raw |= {key: value(c) for key, value in scheme.express.items()}
-    found, side = read_fields(raw, scheme, {}), c.to_dict()
+    found, side = read_fields(raw, scheme, {}), asdict(c)
     for ours in list(side):  # leave out what config.json tells or implies
         rest = {key: value for key, value in side.items() if key != ours}
         with suppress(BadInput):
