@@ -1,7 +1,6 @@
 """Write files whole or not at all, read only plain files of bounded size, and record SHA-256 hashes in a manifest.
 
-Files that are read come from strangers, and a disk may be full when they are written. So every fault is one line:
-BadInput if a file's content is to blame, BadLuck if the system is.
+Every fault is one line: BadInput if a file's content is to blame, BadLuck if the system is.
 """
 
 import errno
@@ -25,8 +24,6 @@ CONFIG_CAP, HEADER_CAP, INDEX_CAP = 1 << 20, 10 << 20, 20 << 20  # bytes of JSON
 LEFTOVER = ".*.tmp"  # what `temporary` names look like: a process that was killed leaves such files
 SYSTEM = (OSError, SafetensorError)  # safetensors raises its own error when the disk is full
 
-# ---- Faults, in one line ----
-
 
 def expect(holds: bool, what: str, expected: object, got: object, fix: str) -> None:
     """Raise BadInput unless the condition holds."""
@@ -41,19 +38,17 @@ def listed(items: list, most: int = 6) -> str:
 
 
 @contextmanager
-def one_line(
-    expected: str, fix: str, faults: type | tuple = SYSTEM, undo: Callable[[], object] = lambda: None
-) -> Iterator[None]:
+def one_line(expected: str, fix: str, faults: type | tuple = SYSTEM, undo: Callable = lambda: None) -> Iterator[None]:
     """Turn a fault inside into BadLuck if it is the system's, else into BadInput; call undo first on any failure.
 
     faults: the errors to turn; BaseException for a library that panics, because a panic is no `Exception`. BadInput,
     BadLuck, Ctrl-C, exits and a lack of memory pass unchanged.
     """
+    passes = (BadInput, BadLuck, MemoryError, KeyboardInterrupt, SystemExit)
     try:
         yield
     except BaseException as error:
         undo()
-        passes = (BadInput, BadLuck, MemoryError, KeyboardInterrupt, SystemExit)
         if isinstance(error, passes) or not isinstance(error, faults):
             raise
         reason = getattr(error, "strerror", None) or repr(" ".join(str(error).split())[:200])
@@ -62,8 +57,6 @@ def one_line(
 
 
 # ---- Writing ----
-
-
 def temporary(path: Path) -> Path:
     """Return the hidden name beside `path`, of this process alone, under which it is written."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -71,10 +64,7 @@ def temporary(path: Path) -> Path:
 
 @contextmanager
 def drafted(path: Path) -> Iterator[Path]:
-    """Give a name to write a file under; at the end flush the file and rename it to `path`, or leave no trace.
-
-    Raises BadLuck.
-    """
+    """Give a name to write under; then flush the file and rename it to `path`, or leave no trace. Raises BadLuck."""
     draft = temporary(path)
     with one_line(f"{path}: expected to write it", "free the disk or choose another"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,25 +82,20 @@ def drafted(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that becomes `path` at the end, flushed and renamed, or leaves no trace. Raises BadLuck."""
+    """Open a file that becomes `path` in this way. Raises BadLuck."""
     with drafted(path) as draft, open(draft, "wb") as file:
         yield file
 
 
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict:
-    """Write a file whole or not at all; return its manifest entry, {"bytes": n, "sha256": hex}. Raises BadLuck."""
-    digest, size = hashlib.sha256(), 0
+def write_file(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file whole or not at all. Raises BadLuck."""
     with replacing(path) as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+        file.writelines(chunks)
 
 
-def write_json(path: Path, document: dict) -> dict:
-    """Do the same for a JSON object. No newline at the end: then losing any byte leaves invalid JSON."""
-    return write_file(path, [json.dumps(document, indent=2, sort_keys=True, allow_nan=False).encode()])
+def write_json(path: Path, document: dict) -> None:
+    """Write a JSON object in the same way, without a newline: then losing any byte leaves invalid JSON."""
+    write_file(path, [json.dumps(document, indent=2, sort_keys=True, allow_nan=False).encode()])
 
 
 def sync_directory(directory: str | Path) -> None:
@@ -136,8 +121,6 @@ def check_space(directory: Path, size: int) -> None:
 
 
 # ---- Reading ----
-
-
 def confined(directory: Path, name: str) -> Path:
     """Return the path of the regular file `name` in a directory. Raises BadInput, BadLuck.
 
@@ -147,13 +130,12 @@ def confined(directory: Path, name: str) -> Path:
     if not isinstance(name, str) or name in ("", "..") or PureWindowsPath(name).name != name:
         raise BadInput(f"{where}: expected the plain name of a file in this directory; name it without a path")
     root = Path(os.path.realpath(directory))
-    try:
-        real = Path(os.path.realpath(directory / name, strict=True))
+    with one_line(f"{where}: expected a readable file", "put a plain file there", (OSError, ValueError)):
+        try:
+            real = Path(os.path.realpath(directory / name, strict=True))
+        except FileNotFoundError:
+            raise BadLuck(f"{where}: expected a file, found nothing; put the file there") from None
         mode = real.stat().st_mode
-    except FileNotFoundError:
-        raise BadLuck(f"{where}: expected a file, found nothing; put the file there") from None
-    except (OSError, ValueError) as e:
-        raise BadLuck(f"{where}: expected a readable file, got {e}; put a plain file there") from None
     homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if real.parent not in homes:
         raise BadInput(f"{where}: expected a file of this directory, got a link that leaves it; copy the file here")
@@ -193,22 +175,19 @@ def parse_json(data: bytes, what: str) -> dict:
 
 
 # ---- Manifests: {"files": {"name": {"bytes": n, "sha256": hex}}} ----
-
-
 def hash_file(path: Path) -> dict:
     """Return the manifest entry of a file, {"bytes": n, "sha256": hex}."""
-    digest, size = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-            size += len(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def write_manifest(directory: Path, known: dict[str, dict] | None = None) -> None:
     """Record every file of a directory, as the last step of a save. known: entries that are not computed again."""
-    names = sorted(path.name for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
-    files = {name: (known or {}).get(name) or hash_file(directory / name) for name in names if name != MANIFEST}
+    names = [p.name for p in directory.iterdir() if p.is_file() and not p.name.startswith(".") and p.name != MANIFEST]
+    files = {name: (known or {}).get(name) or hash_file(directory / name) for name in names}
     write_json(directory / MANIFEST, {"files": files})
     sync_directory(directory)
 
@@ -239,8 +218,6 @@ def compare(name: str, entry: dict, found: dict[str, Any]) -> None:
 
 
 # ---- The checkpoints of a run, in RUN/checkpoints/step-00000500 ----
-
-
 def checkpoints_of(run: Path) -> list[Path]:
     """Return the checkpoint directories of a run, whole or not, oldest first."""
     return sorted((run / "checkpoints").glob("step-" + 8 * "[0-9]"))

@@ -6,31 +6,25 @@ The first nine tenths of the characters are for training, the rest for validatio
 after the SHA-256 of tokenizer and text: another text or tokenizer has another directory.
 """
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 from ..errors import BadInput, check_whole
 from ..files import one_line, replacing, sync_directory, verify_manifest, write_json, write_manifest
 from .corpora import BAR, Source, documents, training_part
 from .tokenizer import Tokenizer
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
 
 GROUP = 1 << 21  # characters that are encoded together, by all processors
 PARTS = ("train", "val")
@@ -65,7 +59,9 @@ def tokenise(
     draft = home.with_name(f".{home.name}.tmp")
     if not is_whole(home):
         undone = (f"{home}: expected to write ids", "make room and start again")
-        lock = locked(home.with_name(f".{home.name}.lock"))
+        lock = FileLock(home.with_name(f".{home.name}.lock"))  # the system takes it back from a killed process
+        with one_line(*undone):
+            home.parent.mkdir(parents=True, exist_ok=True)
         with one_line(*undone), lock, one_line(*undone, undo=lambda: discard(draft)):
             if not is_whole(home):  # another process may have written it in the meantime
                 discard(draft)  # of a process that was killed
@@ -165,23 +161,6 @@ def discard(directory: Path) -> None:
     """Remove a directory if it is there."""
     if directory.exists():
         shutil.rmtree(directory)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait for the lock of a file and hold it; the system takes it back when the process ends, even if killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        while not fcntl:
-            try:
-                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-                break
-            except OSError as error:  # Windows gives up after ten seconds
-                if error.errno != errno.EDEADLK:
-                    raise
-        yield
 
 
 # ---- batches ----

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
@@ -31,12 +32,6 @@ from .. import files
 from ..errors import BadInput, BadLuck
 from ..files import LEFTOVER, checkpoints_of, newest_checkpoint, one_line, temporary
 from ..weights import checkpoint
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
 
 
 class Run(AbstractContextManager):
@@ -55,14 +50,10 @@ class Run(AbstractContextManager):
             return
         with one_line(f"run directory: expected to write in {directory}", "choose another --out"):
             directory.mkdir(parents=True, exist_ok=True)
-            self._lock = open(directory / ".lock", "ab")  # noqa: SIM115 (close() closes it)
-        with one_line(f"run directory: expected to lock {directory}", "choose another --out", undo=self.close):
+            self._lock = FileLock(directory / ".lock", blocking=False, thread_local=False)
             try:
-                if fcntl:  # either lock goes when the process ends, however it ends
-                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                else:
-                    msvcrt.locking(self._lock.fileno(), msvcrt.LK_NBLCK, 1)
-            except (BlockingIOError, PermissionError):  # as POSIX and as Windows say it
+                self._lock.acquire()  # the system takes it back when the process ends, even if killed
+            except Timeout:
                 what = f"run directory: expected no other process in {directory}, got one that holds its lock"
                 raise BadLuck(f"{what}; wait for it or choose another --out") from None
 
@@ -149,7 +140,7 @@ class Run(AbstractContextManager):
             checkpoint.save(model, draft, tokenizer)
             hashed = files.read_json(draft / files.MANIFEST, files.CONFIG_CAP)["files"]
             save_file(tensors, draft / "optimizer.safetensors")
-            hashed["state.json"] = files.write_file(draft / "state.json", [document])
+            files.write_file(draft / "state.json", [document])
             flush(draft / "optimizer.safetensors")  # the other writers flush their own files,
             files.write_manifest(draft, hashed)  # and this one the draft's names too
             if self.log_file.exists():
@@ -165,7 +156,7 @@ class Run(AbstractContextManager):
     def close(self) -> None:
         """Let go of the directory."""
         if self._lock:
-            self._lock.close()
+            self._lock.release()
 
     def __exit__(self, *_: object) -> None:
         self.close()
