@@ -1,8 +1,7 @@
 """Ways to decode beyond LLaDA's own, one published method a file.
 
-Each file adds names to the tables of `strategies.py` when it is imported, and `minillada/__init__.py` imports them all:
-so the course never imports one of them. To add a method, write one file and name it here. A file imports the course and
-nothing else.
+Each file adds names to the tables of `strategies.py` when it is imported, so the course imports none of them. To add a
+method, write one file, which imports the course alone, and name it here.
 """
 
 from . import (  # noqa: F401

@@ -1,7 +1,6 @@
-"""Samplers that draw from the trained model's own distribution, with remasking "random", temperature 1 and one window.
+"""Draw from the model's own distribution, with remasking "random", temperature 1 and one window.
 
-The ancestral one (LLaDA, eq. 10) is exact as its steps grow; first-hitting (arXiv:2409.02908) is its limit, exact with
-one token a step.
+Ancestral (LLaDA, eq. 10) is exact as the steps grow; first-hitting (arXiv:2409.02908), its limit, with a step a token.
 """
 
 import torch

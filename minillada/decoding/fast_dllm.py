@@ -1,7 +1,4 @@
-"""Fast-dLLM (arXiv:2505.22618): commit all that is sure enough, and compute again only the columns being decoded.
-
-Shapes: R rows, W window, T sequence, N holes asked about, V vocabulary.
-"""
+"""Fast-dLLM (arXiv:2505.22618): commit all that is sure enough, and compute again only the columns being decoded."""
 
 from collections.abc import Callable
 
@@ -13,10 +10,7 @@ from ..strategies import CACHES, COMMITS, Ask, Guess, Method, Now, Whole, surest
 
 
 class Threshold(Method):
-    """Commit every hole with a score of at least tau, and always the surest (section 3.3).
-
-    Scores [.9,.2,.7] and tau .6 -> [T,F,T].
-    """
+    """Commit every hole with a score of at least tau, and always the surest (section 3.3): [.9,.2,.7] -> [T,F,T]."""
 
     def __init__(self, tau: float = 0.9) -> None:
         self.tau = tau
@@ -53,10 +47,9 @@ class WindowCache:
         self.cache = KVCache()
 
     def __call__(self, ask: Ask) -> Tensor:
+        columns = self.columns(ask.window, ask.x.shape[1])
         if ask.window != self.window:
             self.window, self.cache, columns = ask.window, KVCache(), slice(0, ask.x.shape[1])
-        else:
-            columns = self.columns(ask.window, ask.x.shape[1])
         row, column = ask.where
         positions = torch.arange(columns.start, columns.stop, device=ask.x.device)
         window = slice(ask.window.start - columns.start, ask.window.stop - columns.start)
@@ -64,15 +57,8 @@ class WindowCache:
         return self.predict(part._replace(positions=positions), self.cache)
 
 
-def prefix() -> Callable[[Whole, Tensor], WindowCache]:
-    """Compute the window and what stands behind it again; reuse what stands before it."""
-    return lambda predict, given: WindowCache(predict, lambda window, length: slice(window.start, length))
-
-
-def dual() -> Callable[[Whole, Tensor], WindowCache]:
-    """Compute only the window again; reuse what stands before and behind it."""
-    return lambda predict, given: WindowCache(predict, lambda window, length: window)
-
-
 COMMITS |= {"threshold": Threshold, "factor": Factor}
-CACHES |= {"prefix": prefix, "dual": dual}
+CACHES |= {  # prefix reuses what stands before the window, dual also what stands behind it
+    "prefix": lambda: lambda predict, given: WindowCache(predict, lambda window, length: slice(window.start, length)),
+    "dual": lambda: lambda predict, given: WindowCache(predict, lambda window, length: window),
+}

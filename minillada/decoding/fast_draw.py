@@ -1,8 +1,5 @@
-"""Draw a token with few random numbers: the same distribution as `gumbel_argmax`, in two rounds.
-
-The first round chooses a group of about sqrt(V) ids by the logarithm of its mass, the second an id of that group: 2
-sqrt(V) noises a hole in place of V. Shapes: N holes, V vocabulary, G groups.
-"""
+"""Draw a token in two rounds, with 2 sqrt(V) random numbers a hole in place of V: first a group of about sqrt(V) ids by
+the logarithm of its mass, then an id of that group. Shapes: N holes, V vocabulary, G groups."""
 
 import math
 
@@ -13,7 +10,7 @@ from ..strategies import QUICKER, gumbel_argmax
 
 
 def grouped(logits: Tensor, temperature: float, rng: Generator) -> Tensor:
-    """Draw an index (N,) from softmax(logits / temperature), logits (N,V). Temperature 0: the argmax."""
+    """Do the same as `gumbel_argmax`: draw an index (N,) from softmax(logits (N,V) / temperature)."""
     size = logits.shape[-1]
     width = next(width for width in range(math.isqrt(size), 0, -1) if size % width == 0)
     groups = logits.unflatten(-1, (-1, width))  # (N,G,width)

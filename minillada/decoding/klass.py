@@ -1,7 +1,4 @@
-"""KLASS (arXiv:2511.05664): commit together what the model is sure of and has been predicting for a while.
-
-Shapes: N holes asked about, R rows, W window, V vocabulary.
-"""
+"""KLASS (arXiv:2511.05664): commit together what the model is sure of and has been predicting for a while."""
 
 from collections.abc import Callable
 
@@ -25,26 +22,22 @@ class Klass(Quota):
     def __init__(self, tau: float = 0.9, delta: float = 0.01) -> None:
         self.tau, self.delta = tau, delta
         self.place: Tensor | None = None  # (N,) which holes the last evaluation was about, rising
-        self.log_p: Tensor | None = None  # (N,V) what it predicted
-        self.steady: Tensor | None = None  # (N,) for how many steps each has been steady
+        self.log_p, self.steady = None, None  # (N,V) what it predicted, (N,) for how many steps each has been steady
 
     def wrap(self, predict: Callable[[Ask], Tensor]) -> Callable[[Ask], Tensor]:
         def watched(ask: Ask) -> Tensor:
             logits, (row, column) = predict(ask), ask.where
             log_p = logits.float().log_softmax(-1).clamp(min=-1e9)  # 0 * -inf counts as 0
-            self.remember(row * ask.x.shape[1] + column, log_p)
+            place = row * ask.x.shape[1] + column
+            steady = torch.zeros_like(place)
+            if self.place is not None:
+                old = torch.searchsorted(self.place, place)  # a hole now was a hole before
+                divergence = (log_p.exp() * (log_p - self.log_p[old])).sum(-1)  # nats
+                steady = torch.where(divergence < self.delta, self.steady[old] + 1, 0)
+            self.place, self.log_p, self.steady = place, log_p, steady
             return logits
 
         return watched
-
-    def remember(self, place: Tensor, log_p: Tensor) -> None:
-        """Compare the predictions (N,V) for the holes at `place` with those of the step before."""
-        steady = torch.zeros_like(place)
-        if self.place is not None:
-            old = torch.searchsorted(self.place, place)  # a hole now was a hole before
-            divergence = (log_p.exp() * (log_p - self.log_p[old])).sum(-1)  # nats
-            steady = torch.where(divergence < self.delta, self.steady[old] + 1, 0)
-        self.place, self.log_p, self.steady = place, log_p, steady
 
     def ask(self, now: Now) -> Tensor:
         return now.hole

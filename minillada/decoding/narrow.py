@@ -1,7 +1,4 @@
-"""Leave out what nobody asks for: the last layer needs queries only where the question is.
-
-Shapes: R rows, T sequence, W window, N holes asked about, V vocabulary.
-"""
+"""Leave out what nobody asks for: the last layer needs queries only where the question is."""
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +8,8 @@ from ..strategies import QUICKER, Ask, Whole
 
 
 class Narrow(Whole):
-    """LLaDA with the same logits (N,V) as `Whole`. Its last layer computes queries for the window alone or, of a single
-    row, for the columns asked about."""
+    """Give the same logits (N,V) as `Whole`. The last layer computes queries for the window or, of a single row, for
+    the columns asked about."""
 
     def __call__(self, ask: Ask, cache: KVCache | None = None) -> Tensor:
         model, (row, column), window = self.model, ask.where, ask.window

@@ -1,12 +1,10 @@
 """dLLM-Cache (arXiv:2506.06295): compute again only the places that have probably changed.
 
-This is an approximation. In a bidirectional model one new token changes what every position computes; what is reused
-here is out of date until it is renewed. With prompt_every=1 and answer_every=1, or share=1, nothing is reused and the
-logits are the model's own.
+This is an approximation: one new token changes what every position computes, and what is reused here is out of date
+until it is renewed. With prompt_every=1 and answer_every=1, or share=1, the logits are the model's own.
 
 Shapes: B rows of the canvas (rows B and above are those that guidance adds), R of them in a question, T sequence, A
-columns that may be renewed in a call, M the most places renewed in a row, N places renewed in all rows, C model width,
-D head width, V vocabulary.
+columns that may be renewed in a call, M the most places renewed in a row, N places renewed in all rows.
 """
 
 from collections.abc import Callable
@@ -24,12 +22,11 @@ class Refresh:
     """Remember each position's key, value and output in every layer, and renew a part of them per call.
 
     Every prompt_every calls a row's prompt is computed again, every answer_every calls its answer. In between, the
-    first layer renews the whole answer, and each layer above this share of the answer, rounded up: the places whose new
-    value vector is least like the one held (by cosine). The first layer cannot choose so: there a value is a function
-    of its own token, and shows nothing of what changed around it.
+    first layer, where a value shows nothing of what changed around it, renews the whole answer. Each layer above renews
+    this share of it, rounded up: the places whose new value vector is least like the one held (by cosine).
 
     Where a token has changed since the last call, all layers renew its place, before any other and even beyond the
-    share. With share=0 they renew nothing else, the first layer included, and compare nothing.
+    share. With share=0 they renew nothing else, the first layer included.
     """
 
     def __init__(
@@ -42,19 +39,16 @@ class Refresh:
 
     @torch.no_grad()
     def __call__(self, ask: Ask) -> Tensor:
-        """Return the logits (N,V). Raises BadInput unless the question is about whole rows of the canvas."""
+        """Return the logits. Raises BadInput unless the question is about whole rows of the canvas."""
         if ask.x.shape[1] != self.given.shape[1]:
             what = f"refresh: expected whole rows of {self.given.shape[1]} tokens, got {ask.x.shape[1]}"
             raise BadInput(f"{what}; make a new Refresh for another canvas")
         if self.calls is None:
-            guided = bool((ask.rows >= len(self.given)).any())
-            self.allocate(len(self.given) * (1 + guided))
+            self.allocate(len(self.given) * (2 if (ask.rows >= len(self.given)).any() else 1))  # 2: guided
         rows, given = ask.rows, self.given[ask.rows % len(self.given)]  # (R,), (R,T)
-        calls = self.calls[rows, None]
-        due = torch.where(given, calls % self.prompt_every == 0, calls % self.answer_every == 0)
-        due |= ask.x != self.tokens[rows]
-        self.tokens[rows] = ask.x
-        self.calls[rows] += 1
+        every = torch.where(given, self.prompt_every, self.answer_every)
+        due = (self.calls[rows, None] % every == 0) | (ask.x != self.tokens[rows])  # (R,T)
+        self.tokens[rows], self.calls[rows] = ask.x, self.calls[rows] + 1
         self.renew(ask, given, due)
         row, column = ask.where
         return self.model.head(self.model.norm(self.out[rows[row], column]))
@@ -68,10 +62,8 @@ class Refresh:
         self.calls = torch.zeros(n_row, dtype=torch.long, device=embed.device)
 
     def plan(self, due: Tensor, given: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:
-        """Count what a layer renews: the due places (R,A), and of the answer at least the share.
-
-        Returns due, M, and for each of the N places its row and its rank in the row (rows may have unequal counts).
-        """
+        """Count what a layer renews: the due places (R,A), and of the answer at least the share. Return due, M, and for
+        each of the N places its row and its rank in the row (rows may have unequal counts)."""
         least = (self.share * (~given).sum(1)).ceil().long()
         count = (due & given).sum(1) + (due & ~given).sum(1).maximum(least)  # (R,)
         most = int(count.max())
@@ -91,7 +83,6 @@ class Refresh:
         x = self.model.embed(ask.x[:, asked])  # (R,A,C)
         positions = asked if ask.positions is None else ask.positions[asked]
         cos, sin = rotary_angles(positions, self.config, x.dtype)  # (1,A,rotary_dim/2) each
-
         layers = zip(self.model.layers, self.k, self.v, self.change, plans, strict=True)
         for layer, held_k, held_v, change, (due, most, row, rank) in layers:
             attn, normed = layer.attn, layer.attn_norm(x)

@@ -2,10 +2,10 @@
 
 Time falls evenly: t = left/steps before a step, s = (left - 1)/steps after it. A committed token becomes a hole again
 with probability sigma <= sigma_max; a hole is filled with probability (t - s + sigma * (1 - t)) / t, so that the share
-of holes is that of an ancestral sampler. With sigma = 0 it is one.
-
-Shapes: R rows, W window.
+of holes is that of an ancestral sampler. With sigma = 0 it is one. Shapes: R rows, W window.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,14 +19,11 @@ def times(now: Now) -> tuple[float, float, float]:
     return t, s, min(1.0, s / (1 - t)) if t < 1 else 1.0
 
 
-class Cap(Quota):
-    """Take the same sigma for every token: sigma = min(eta, sigma_max)."""
+class Even(Quota):
+    """Take the same sigma for every token, which is a function of sigma_max."""
 
-    def __init__(self, eta: float = 0.008) -> None:
-        self.eta = eta
-
-    def sigma(self, most: float) -> float:
-        return min(self.eta, most)
+    def __init__(self, sigma: Callable[[float], float]) -> None:
+        self.sigma = sigma
 
     def due(self, now: Now) -> Tensor:
         t, s, most = times(now)
@@ -36,14 +33,13 @@ class Cap(Quota):
         return (now.uniform() < self.sigma(times(now)[2])) & ~now.held.isnan()
 
 
-class Rescale(Cap):
-    """Take the same sigma for every token: sigma = eta * sigma_max."""
+# The paper's two schedules of sigma that look at no token.
+def cap(eta: float = 0.008) -> Even:
+    return Even(lambda most: min(eta, most))
 
-    def __init__(self, eta: float = 0.015) -> None:
-        super().__init__(eta)
 
-    def sigma(self, most: float) -> float:
-        return min(self.eta, 1.0) * most
+def rescale(eta: float = 0.015) -> Even:
+    return Even(lambda most: min(eta, 1.0) * most)
 
 
 class Confidence(Quota):
@@ -68,4 +64,4 @@ class Confidence(Quota):
         return now.uniform() < share * self.given_back(now)[:, None]
 
 
-REVISIONS |= {"remdm-cap": Cap, "remdm-rescale": Rescale, "remdm-conf": Confidence}
+REVISIONS |= {"remdm-cap": cap, "remdm-rescale": rescale, "remdm-conf": Confidence}

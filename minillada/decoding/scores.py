@@ -1,7 +1,4 @@
-"""Two more scores for the order in which holes are filled: the margin and the entropy.
-
-Shapes: N holes asked about, V vocabulary.
-"""
+"""Two more scores for the order in which holes are filled, from logits (N,V): the margin and the entropy."""
 
 from torch import Generator, Tensor
 

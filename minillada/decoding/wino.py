@@ -1,6 +1,6 @@
 """WINO (arXiv:2507.18578): commit boldly, check again, and take back what the rest of the text does not support.
 
-Shapes: R rows, T sequence, W window, S shadows, V vocabulary.
+Shapes: R rows, T sequence, W window, S shadows.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..strategies import REVISIONS, Ask, Guess, Method, Now, surest
+from ..strategies import REVISIONS, Ask, Guess, Method, Now, probability, surest
 
 
 class Wino(Method):
@@ -30,9 +30,8 @@ class Wino(Method):
             column = written.any(0).nonzero().flatten() + window.start  # (S,) where shadows are wanted
             row, which = written[:, column - window.start].nonzero(as_tuple=True)
             logits = predict(with_shadows(ask, column, (row, length + which), mask_id))
-            tokens = ask.x[row, column[which]]
-            p = logits[n:].float().softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-            self.belief = torch.full(written.shape, torch.nan, device=ask.x.device)
+            p = probability(logits[n:].float(), ask.x[row, column[which]])
+            self.belief = torch.full(written.shape, torch.nan, device=p.device)
             self.belief[row, column[which] - window.start] = p
             return logits[:n]
 
@@ -49,16 +48,13 @@ class Wino(Method):
         if self.accepted is None or self.belief is None:
             return None
         belief = torch.where((self.belief < self.least) & ~now.held.isnan(), self.belief, torch.inf)
-        rank = belief.argsort(1).argsort(1)
-        self.belief = None  # looked at once
+        rank, self.belief = belief.argsort(1).argsort(1), None  # looked at once
         return (rank < self.accepted[:, None] - 1) & (belief < torch.inf)
 
 
 def with_shadows(ask: Ask, column: Tensor, where: tuple[Tensor, Tensor], mask_id: int) -> Ask:
-    """Return the question with a mask behind the text for each of the S columns; `where` of them are asked about too.
-
-    A shadow has the position of its column, sees everything but that column, and is seen by itself alone.
-    """
+    """Return the question with a mask behind the text for each of the S columns, and `where` of them asked about too: a
+    shadow has its column's position, sees everything but that column, and is seen by itself alone."""
     (n_row, length), n_shadow = ask.x.shape, len(column)
     look = torch.ones(length + n_shadow, length + n_shadow, dtype=torch.bool, device=ask.x.device)
     look[:, length:] = False
