@@ -99,8 +99,10 @@ class ChatTemplate:
         """Return the rendered text with a stand-in for every content that is not empty."""
         shape = tuple((role, bool(content)) for role, content in zip(roles, contents, strict=True))
         if shape not in self.rendered:
-            if not self.own:
-                check_markers(self.tokenizer)
+            lacking = [marker for marker in MARKERS if self.tokenizer.inner.token_to_id(marker) is None]
+            if lacking and not self.own:
+                what = "chat: expected a chat template in the files or a tokenizer for LLaDA's"
+                raise BadInput(f"{what}, got none and no {' '.join(lacking)}; use --prompt with --raw")
             stand_ins = [chr(STAND_IN + i) if filled else "" for i, (_, filled) in enumerate(shape)]
             messages = [{"role": r, "content": c} for r, c in zip(roles, stand_ins, strict=True)]
             context = {**self.names, "messages": messages, "add_generation_prompt": True}
@@ -147,10 +149,8 @@ def read_template(path: Path) -> str:
     """Return the text of a chat_template.jinja. Raises BadInput."""
     if path.stat().st_size > TEMPLATE_CAP:
         raise BadInput(f"{path.name}: expected at most {TEMPLATE_CAP} bytes, got more; use another")
-    try:
+    with one_line(f"{path.name}: expected UTF-8", "download it again", UnicodeDecodeError):
         return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path.name}: expected UTF-8, got a wrong byte at {error.start}; download it again") from None
 
 
 def default_of(found: object) -> str | None:
@@ -187,18 +187,9 @@ def stop_ids(generation: dict, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def protect(tokenizer: Tokenizer, source: str) -> None:
-    """Make every marker of the template a special token, even if tokenizer.json calls it ordinary, so that nobody can
-    type one."""
+    """Make the markers of the template special tokens, which nobody can type, even if tokenizer.json does not."""
     added = {token.content for token in tokenizer.inner.get_added_tokens_decoder().values()}
     known = [marker for marker in MARKERS if tokenizer.inner.token_to_id(marker) is not None]
     markers = [text for text in sorted(added | set(known)) if text in source and not text.isspace()]
     tokenizer.inner.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in markers])
     tokenizer.special_ids |= {tokenizer.inner.token_to_id(text) for text in markers}
-
-
-def check_markers(tokenizer: Tokenizer) -> None:
-    """Raise BadInput unless the tokenizer has the markers of LLaDA's template."""
-    lacking = [marker for marker in MARKERS if tokenizer.inner.token_to_id(marker) is None]
-    if lacking:
-        what = "chat: expected a chat template in the files or a tokenizer for LLaDA's"
-        raise BadInput(f"{what}, got none and no {' '.join(lacking)}; use --prompt with --raw")

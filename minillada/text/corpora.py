@@ -55,21 +55,18 @@ def docs() -> Iterator[str]:
 def shakespeare(url: str = SHAKESPEARE) -> Iterator[str]:
     """Yield Tiny Shakespeare (1.1 MB, public domain), downloaded once and checked on every use. Raises BadLuck."""
     path = cache_dir() / "tinyshakespeare.txt"
-    if not path.is_file() or not is_shakespeare(path.read_bytes()):
+    right = lambda data: len(data) == SHAKESPEARE_SIZE and hashlib.sha256(data).hexdigest() == SHAKESPEARE_SHA256
+    if not path.is_file() or not right(path.read_bytes()):
         by_hand = f"save {SHAKESPEARE} as {path}, or use the data 'docs'"
         try:
             with urllib.request.urlopen(url, timeout=30) as answer:
                 data = answer.read(SHAKESPEARE_SIZE + 1)
         except (OSError, HTTPException) as error:
             raise BadLuck(f"shakespeare: expected to download {url}, got {error}; {by_hand}") from None
-        if not is_shakespeare(data):
+        if not right(data):
             raise BadLuck(f"shakespeare: expected {SHAKESPEARE_SIZE} known bytes, got others from {url}; {by_hand}")
         write_file(path, [data])
     yield from plain_text(path)
-
-
-def is_shakespeare(data: bytes) -> bool:
-    return len(data) == SHAKESPEARE_SIZE and hashlib.sha256(data).hexdigest() == SHAKESPEARE_SHA256
 
 
 # The corpora by name; each function makes the chunks of one document. `tales` has about 1.1 MB.
@@ -107,10 +104,9 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
                 raise BadInput(f"{where}: expected at most {MAX_LINE} bytes, got more; give long texts as plain files")
             if not line.strip():
                 continue
-            try:
-                yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"{where}: expected JSON in UTF-8, got {error}; write it as JSON") from None
+            with one_line(f"{where}: expected JSON in UTF-8", "write it as JSON", (ValueError, RecursionError)):
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            yield where, record
 
 
 def json_lines(path: Path, field: str) -> Iterator[str]:
@@ -149,9 +145,8 @@ def documents(source: Source, field: str = "text") -> Iterator[Iterable[str]]:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        known = ", ".join(CORPORA)
         got = f"{str(source)!r} ({error.strerror})"
-        raise BadLuck(f"data: expected {known} or a path, got {got}; give one of these") from None
+        raise BadLuck(f"data: expected {', '.join(CORPORA)} or a path, got {got}; give one of these") from None
     if stat.S_ISDIR(mode):
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
         if not found:
@@ -166,10 +161,7 @@ def documents(source: Source, field: str = "text") -> Iterator[Iterable[str]]:
 
 
 def read_text(source: Source, field: str = "text") -> Iterator[str]:
-    """Yield the whole text in chunks, one document after the other.
-
-    Raises BadLuck for a file that is missing or unreadable, BadInput for one that is not text.
-    """
+    """Yield the whole text in chunks. Raises BadLuck for a file it cannot read, BadInput for one that is not text."""
     return chain.from_iterable(documents(source, field))
 
 

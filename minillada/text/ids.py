@@ -9,12 +9,12 @@ after the SHA-256 of tokenizer and text: another text or tokenizer has another d
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
+from shutil import rmtree
 
 import numpy as np
 import torch
@@ -43,8 +43,6 @@ class Tokens:
 
 
 # ---- ids on disk ----
-
-
 def tokenise(
     source: Source, tokenizer: Tokenizer, directory: str | Path, length: int = 1, field: str = "text"
 ) -> Tokens:
@@ -54,7 +52,11 @@ def tokenise(
     The files get their names only when all are finished; of several processes one writes and the others wait for it.
     Raises BadInput if either part is shorter than `length` tokens, BadLuck if the files cannot be written.
     """
-    fingerprint, characters = survey(source, tokenizer, field)
+    digest = digest_of(tokenizer)
+    characters = sum(len(text) for _, text in pieces(source, field, digest, 0))
+    if not characters:
+        raise BadInput(f"data: expected some text, got none in {source}; give another file")
+    fingerprint = digest.hexdigest()
     home = Path(directory) / fingerprint[:16]
     draft = home.with_name(f".{home.name}.tmp")
     if not is_whole(home):
@@ -62,31 +64,21 @@ def tokenise(
         lock = FileLock(home.with_name(f".{home.name}.lock"))  # the system takes it back from a killed process
         with one_line(*undone):
             home.parent.mkdir(parents=True, exist_ok=True)
-        with one_line(*undone), lock, one_line(*undone, undo=lambda: discard(draft)):
+        with one_line(*undone), lock, one_line(*undone, undo=lambda: rmtree(draft, ignore_errors=True)):
             if not is_whole(home):  # another process may have written it in the meantime
-                discard(draft)  # of a process that was killed
+                rmtree(draft, ignore_errors=True)  # of a process that was killed
                 write_ids(source, tokenizer, draft, fingerprint, characters, field)
-                discard(home)  # a damaged one
-                os.rename(draft, home)
+                rmtree(home, ignore_errors=True)  # a damaged one
+                os.rename(draft, home)  # which fails if something is there still
                 sync_directory(home.parent)
     counts = json.loads((home / "counts.json").read_bytes())
     for part in PARTS:
-        found = counts[part]["tokens"]
-        if found < length:
-            fix = "give more text or a shorter context"
-            raise BadInput(f"data: expected at least {length} tokens for {part}, got {found}; {fix}")
+        if (n := counts[part]["tokens"]) < length:
+            what = f"data: expected at least {length} tokens for {part}, got {n}"
+            raise BadInput(f"{what}; give more text or a shorter context")
     train, val = (np.memmap(home / f"{part}.bin", counts["dtype"], "r") for part in PARTS)
     characters, size = (counts["val"][unit] / counts["val"]["tokens"] for unit in ("characters", "bytes"))
     return Tokens(train, val, characters, size, fingerprint)
-
-
-def survey(source: Source, tokenizer: Tokenizer, field: str) -> tuple[str, int]:
-    """Return the SHA-256 of tokenizer and text, and the number of characters. Raises BadInput if there are none."""
-    digest = digest_of(tokenizer)
-    characters = sum(len(text) for _, text in pieces(source, field, digest, 0))
-    if not characters:
-        raise BadInput(f"data: expected some text, got none in {source}; give another file")
-    return digest.hexdigest(), characters
 
 
 def digest_of(tokenizer: Tokenizer) -> "hashlib._Hash":
@@ -157,15 +149,7 @@ def write_ids(source: Source, tokenizer: Tokenizer, home: Path, fingerprint: str
     write_manifest(home)
 
 
-def discard(directory: Path) -> None:
-    """Remove a directory if it is there."""
-    if directory.exists():
-        shutil.rmtree(directory)
-
-
 # ---- batches ----
-
-
 def check_length(tokens: np.ndarray, length: int) -> None:
     """Raise BadInput unless a window of this length fits the tokens."""
     if not 1 <= length <= len(tokens):

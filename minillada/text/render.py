@@ -17,7 +17,7 @@ LENGTH = 1 << 20  # characters of the result
 
 
 def limit() -> None:
-    """Let the system end this process when it takes too much memory or time; each system has its own way."""
+    """Let the system end this process when it takes too much memory or time."""
     if sys.platform == "win32":
         return limit_windows()
     import resource
@@ -27,19 +27,15 @@ def limit() -> None:
         resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
     lower(resource.RLIMIT_CPU, round(time.process_time() + SECONDS))  # whole seconds
-    if sys.platform == "darwin":  # its limit on memory does not hold
-        threading.Thread(target=watch_memory, daemon=True).start()
-    else:
-        lower(resource.RLIMIT_AS, MEMORY)
+    if sys.platform != "darwin":
+        return lower(resource.RLIMIT_AS, MEMORY)
 
+    def watch() -> None:  # the limit of macOS does not hold
+        while resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < MEMORY:  # bytes on macOS
+            time.sleep(0.01)
+        os._exit(1)
 
-def watch_memory() -> None:
-    """End the process when it has taken too much memory, since macOS does not."""
-    import resource
-
-    while resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < MEMORY:  # bytes on macOS
-        time.sleep(0.01)
-    os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def limit_windows() -> None:
@@ -77,9 +73,8 @@ def render(template: str, context: dict) -> str:
         raise TemplateError(message)
 
     limit()
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, extensions=[loopcontrols]
-    )
+    given = {"undefined": StrictUndefined, "extensions": [loopcontrols]}
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, **given)
     environment.globals["raise_exception"] = refuse
     text = ""
     for piece in environment.from_string(template).generate(context):

@@ -1,12 +1,9 @@
 """Make endless little stories whose entropy is known exactly, so that a model's loss can be compared with it.
 
 A tale takes one row of every entry of `GRAMMAR`, each with the same probability and independent of the others. Every
-column of a row is a word (or a phrase with further {words}) that is used throughout the tale: the hero decides every
-"she" and "his", and what was lost in the third sentence is found near the end.
-
-Two properties make the entropy exact, and the tests check both. Every choice shows in the text, and no row of an entry
-begins like another one; so a text tells which rows were taken, and its entropy is the sum of ln(rows) over the entries.
-And the choices are independent, so the expected length is a sum of means.
+column of a row is a word, or a phrase with further {words}, that is used throughout the tale: the hero decides every
+"she" and "his". A text tells which rows were taken, because each shows and no row of an entry begins like another one.
+So the entropy of a tale is the sum of ln(rows) over the entries, and its expected length is a sum of means.
 """
 
 import random
@@ -103,11 +100,16 @@ def tell(rolls: Mapping[str, str]) -> str:
     return tale
 
 
+def tale(rng: random.Random) -> tuple[str, dict[str, str]]:
+    """Return a random tale and its words."""
+    rolls = {columns: rng.choice(rows) for columns, rows in GRAMMAR.items()}
+    return tell(rolls), words_of(rolls)
+
+
 def tales(seed: int, n: int) -> Iterator[str]:
     """Yield the first `n` tales of `seed`, independent, of six or seven sentences, without a line end."""
     rng = random.Random(seed)
-    for _ in range(n):
-        yield tell({columns: rng.choice(rows) for columns, rows in GRAMMAR.items()})
+    return (tale(rng)[0] for _ in range(n))
 
 
 def expected_length(template: str) -> float:

@@ -17,7 +17,7 @@ from zlib import crc32
 
 from ..errors import BadInput, check_one_of, check_whole
 from ..files import listed, write_file
-from .tales import GRAMMAR, NAMES, TALE, tell, words_of
+from .tales import GRAMMAR, NAMES, TALE, tale
 
 
 class Example(NamedTuple):
@@ -43,8 +43,6 @@ class Task(NamedTuple):
 
 
 # ---- checkers
-
-
 def line_of(text: str) -> str:
     """Return the first line written, without the blanks round it."""
     return text.lstrip(" ").split("\n")[0].strip()
@@ -67,8 +65,6 @@ def told(example: Example, got: str) -> float:
 
 
 # ---- generators: (rng, test, parameter) -> endless examples, of the test part or of the training part
-
-
 def held_out(key: object) -> bool:
     """Tell whether a key is for the test alone, as one in ten is."""
     return crc32(repr(key).encode()) % 10 == 0
@@ -157,22 +153,16 @@ def places(box: int) -> list[tuple[int, int, int]]:
     return [(r, side + c, 2 * side + r // box * box + c // box) for r in range(side) for c in range(side)]
 
 
-@cache
-def peers(box: int) -> list[list[int]]:
-    """Return for each cell the cells that share a unit with it."""
-    return [[i for i, other in enumerate(places(box)) if set(units) & set(other)] for units in places(box)]
-
-
 def solutions(cells: list[int], box: int, rng: random.Random | None = None) -> Iterator[list[int]]:
     """Yield every way to fill the empty cells (0) of a board in reading order: depth first, beginning with the cell
     that has the fewest possible digits; an rng shuffles the digits."""
     side, where, cells = box * box, places(box), list(cells)
-    full, used = (1 << side) - 1, [0] * 3 * side  # bit d - 1: digit d
+    full, used = (2 << side) - 2, [0] * 3 * side  # bit d: digit d
     for cell, digit in enumerate(cells):
-        for unit in where[cell]:
-            if digit and used[unit] & 1 << digit - 1:
+        for unit in where[cell] if digit else ():
+            if used[unit] & 1 << digit:
                 return
-            used[unit] |= 1 << digit >> 1
+            used[unit] |= 1 << digit
 
     def fill(empty: list[int]) -> Iterator[list[int]]:
         if not empty:
@@ -187,14 +177,14 @@ def solutions(cells: list[int], box: int, rng: random.Random | None = None) -> I
                 if count < 2:
                     break
         rest = [cell for cell in empty if cell != best]
-        digits = [d for d in range(1, side + 1) if free & 1 << d - 1]
-        for digit in rng.sample(digits, len(digits)) if rng else digits:
+        digits = [d for d in range(1, side + 1) if free & 1 << d]
+        for cells[best] in rng.sample(digits, len(digits)) if rng else digits:
+            taken = 1 << cells[best]
             for unit in where[best]:
-                used[unit] ^= 1 << digit - 1
-            cells[best] = digit
+                used[unit] ^= taken
             yield from fill(rest)
             for unit in where[best]:
-                used[unit] ^= 1 << digit - 1
+                used[unit] ^= taken
 
     yield from fill([cell for cell, digit in enumerate(cells) if not digit])
 
@@ -204,14 +194,9 @@ def dig(solution: list[int], box: int, rng: random.Random) -> list[int]:
     puzzle, size = list(solution), box**4
     left = rng.randint(size * 3 // 8, size * 5 // 8)
     for cell in rng.sample(range(size), size):
-        if not left:
-            break
-        digit = puzzle[cell]
-        others = set(range(1, box * box + 1)) - {puzzle[peer] for peer in peers(box)[cell]} - {digit}
-        fits = (next(solutions([*puzzle[:cell], other, *puzzle[cell + 1 :]], box), None) for other in others)
-        if not any(fits):
-            puzzle[cell] = 0
-            left -= 1
+        emptied = [*puzzle[:cell], 0, *puzzle[cell + 1 :]]
+        if left and len(list(islice(solutions(emptied, box), 2))) == 1:
+            puzzle, left = emptied, left - 1
     return puzzle
 
 
@@ -255,7 +240,7 @@ def sudoku(rng: random.Random, test: bool, box: int) -> Iterator[Example]:
     """Yield a board in reading order, with `.` for an empty cell -> its only solution.
 
     For box 2 (4x4) `boards` says what is held out. For box 3 (9x9) the test draws boards of its own from five billion
-    classes. Digging one takes 20 ms, so 16 training examples are made of each by `vary`.
+    classes. Digging one takes 40 ms, so 16 training examples are made of each by `vary`.
     """
     while True:
         solution = rng.choice(boards()[test]) if box == 2 else next(solutions([0] * box**4, box, rng))
@@ -283,12 +268,6 @@ def read(template: str, text: str, rolls: dict[str, str]) -> Iterator[tuple[str,
 def is_tale(text: str) -> bool:
     """Tell whether the grammar of tales.py can make exactly this text."""
     return any(not left for left, _ in read(TALE, text, {}))
-
-
-def tale(rng: random.Random) -> tuple[str, dict[str, str]]:
-    """Return a random tale and its words."""
-    rolls = {columns: rng.choice(rows) for columns, rows in GRAMMAR.items()}
-    return tell(rolls), words_of(rolls)
 
 
 def tales(rng: random.Random, test: bool, _: int) -> Iterator[Example]:
@@ -328,7 +307,7 @@ class Recipe(NamedTuple):
     make: Callable[[random.Random, bool, int], Iterator[Example]]
     check: Callable[[Example, str], float] = exact
     default: int = 0  # the generator's parameter, as the 3 of `addition:3`
-    least: int = 0  # what a user may ask for; 0 to 0: there is no parameter
+    least: int = 0  # a user may ask for least to most; 0 to 0: there is no parameter
     most: int = 0
 
 
@@ -347,8 +326,7 @@ TASKS: dict[str, Recipe] = {
 def make_task(spec: str, n: int, seed: int = 0, n_test: int = 500) -> Task:
     """Make n examples to train on, drawn with repetition, and at most n_test questions, all different. Raises BadInput.
 
-    spec: a name of `TASKS`, and for some a number: of digits (`addition:3`), terms (`sums:32`), letters (`reverse:8`)
-    or people (`facts:240`).
+    spec: a name of `TASKS`; `addition:3` has 3 digits, `sums:32` terms, `reverse:8` letters, `facts:240` people.
     """
     name, colon, parameter = spec.partition(":")
     check_one_of("task", name, TASKS)
@@ -371,8 +349,6 @@ def make_task(spec: str, n: int, seed: int = 0, n_test: int = 500) -> Task:
 
 
 # ---- files
-
-
 def json_of(example: Example) -> str:
     """Return the JSON of an example, without empty fields."""
     fields = {name: value for name, value in example._asdict().items() if value or name in ("prompt", "answer")}
@@ -382,14 +358,10 @@ def json_of(example: Example) -> str:
 def write_task(task: Task, directory: str | Path) -> dict[str, Path]:
     """Write a task to three new files, with an example in each line; return their paths by name.
 
-    train.txt is a text to pre-train on; train.jsonl and test.jsonl hold objects. Raises BadInput if one of them exists,
-    BadLuck if it cannot be written.
+    train.txt is a text to pre-train on; train.jsonl and test.jsonl hold objects. Raises BadInput if one is there.
     """
-    lines = {
-        "train.txt": (example.text for example in task.train),
-        "train.jsonl": map(json_of, task.train),
-        "test.jsonl": map(json_of, task.test),
-    }
+    texts = [example.text for example in task.train]
+    lines = {"train.txt": texts, "train.jsonl": map(json_of, task.train), "test.jsonl": map(json_of, task.test)}
     paths = {name: Path(directory) / name for name in lines}
     if found := [str(path) for path in paths.values() if path.exists()]:
         raise BadInput(f"out: expected a place for new files, got {listed(found)}; choose another directory")

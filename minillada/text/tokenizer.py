@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ..errors import BadInput, BadLuck, check_whole
-from ..files import one_line, write_file
+from ..files import listed, one_line, write_file
 
 # The strings that known models use for each role, ours first; LLaDA and LLaDA-MoE pad with their end of text.
 KNOWN = {
@@ -94,10 +94,8 @@ class Tokenizer:
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=OURS, initial_alphabet=alphabet, show_progress=False
-        )
+        given = {"special_tokens": OURS, "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet())}
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **given)
         with no_panic("text: expected Unicode text to train on", "use another text"):
             inner.train_from_iterator(text_chunks, trainer)
         return cls(inner)
@@ -152,27 +150,26 @@ class Tokenizer:
             return list(map(self.id_of_character.__getitem__, text))
         except KeyError:
             strange = dict.fromkeys(c for c in text if c not in self.id_of_character)
-            named = ", ".join(f"{c!a} (U+{ord(c):04X})" for c in list(strange)[:5])
-            raise BadInput(
-                f"text: expected characters of the vocabulary, got {named}{', ...' * (len(strange) > 5)}; "
-                "remove them or use bytes or BPE"
-            ) from None
+            got = listed([f"{c!a} (U+{ord(c):04X})" for c in strange], most=5)
+            fix = "remove them or use bytes or BPE"
+            raise BadInput(f"text: expected characters of the vocabulary, got {got}; {fix}") from None
 
     def encode_with_masks(self, text: str) -> list[int]:
         """Return the ids for infilling: each "[MASK]" is one hole (mask_id), the texts between are encoded apart."""
-        if self.mask_id is None:
-            raise BadInput("tokenizer: expected a mask token, got none; load it with special={'mask': id}")
-        first, *others = self.encode_batch(text.split(KNOWN["mask"][0]))
-        return first + [id for ids in others for id in (self.mask_id, *ids)]
+        texts = text.split(KNOWN["mask"][0])
+        return self._with_holes(texts, [1] * (len(texts) - 1))
 
     def encode_to_edit(self, text: str) -> list[int]:
         """Return the ids for editing: each "[[span]]", with a blank before it, is as many holes as it has tokens."""
-        if self.mask_id is None:
-            raise BadInput("tokenizer: expected a mask token, got none; load it with special={'mask': id}")
         pieces = re.split(r"( ?)\[\[(.+?)\]\]", text, flags=re.DOTALL)  # given, blank, span, ..., given
         spans = self.encode_batch([blank + span for blank, span in zip(pieces[1::3], pieces[2::3], strict=True)])
-        given = self.encode_batch(pieces[::3])
-        return [id for ids, span in zip(given, [*spans, []], strict=True) for id in (*ids, *[self.mask_id] * len(span))]
+        return self._with_holes(pieces[::3], [len(span) for span in spans])
+
+    def _with_holes(self, texts: list[str], holes: list[int]) -> list[int]:
+        if self.mask_id is None:
+            raise BadInput("tokenizer: expected a mask token, got none; load it with special={'mask': id}")
+        given = zip(self.encode_batch(texts), [*holes, 0], strict=True)
+        return [id for ids, n in given for id in (*ids, *[self.mask_id] * n)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of the ids; bytes that are not UTF-8 become U+FFFD. Raises BadInput for an unknown id."""
