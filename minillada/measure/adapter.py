@@ -1,6 +1,6 @@
 """Hold what the two harness adapters share: a model with its options, likelihoods, and answers up to a stop string."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import torch
@@ -11,7 +11,7 @@ from ..sampler import SampleConfig, generate
 from ..text.chat import ChatTemplate
 from ..weights.checkpoint import check, expect_tokenizer, load
 from ..weights.device import pick_device
-from .evaluate import SCORINGS
+from .evaluate import SCORINGS, bar
 from .likelihood import Pair, Perplexity, confidence_scores, log_likelihoods, perplexity
 
 
@@ -40,8 +40,7 @@ class Adapter:
     ) -> None:
         check_one_of("scoring", scoring, SCORINGS)
         check_whole("mc_num", mc_num, 1)
-        if dtype is not None:
-            check_one_of("dtype", dtype, ("float32", "bfloat16", "float16"))
+        check_one_of("dtype", dtype or "float32", ("float32", "bfloat16", "float16"))
         found = check(pretrained)
         expect_tokenizer(found.directory, pretrained)
         self._device = torch.device(pick_device(device or "auto"))
@@ -53,28 +52,23 @@ class Adapter:
         self.window, self.stride, self.seed, self.batch_size = window or self.max_length, stride, seed, batch_size
         self.sampling = {"steps": steps, "gen_len": gen_length, "block_len": block_length, "remasking": remasking}
 
-    # ---- likelihood
-
     def fit(self, before: list[int], after: list[int]) -> Pair:
         """Return the pair; a context that is too long for the model loses its beginning."""
         return before[max(0, len(before) + len(after) - self.max_length) :], after
 
     def log_likelihoods(
-        self,
-        pairs: Sequence[Pair],
-        check_greedy: bool = False,
-        bar: Callable[[Sequence[Pair], str], Iterable[Pair]] = lambda pairs, title: pairs,
+        self, pairs: Sequence[Pair], check_greedy: bool = False, quiet: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Return log p (N,) of each answer in nats, by `scoring`, and whether it is greedy (N,), False if not asked."""
         options = {"batch_size": self.batch_size, "cfg_scale": self.cfg}
         values, greedy = torch.zeros(len(pairs), dtype=torch.double), torch.zeros(len(pairs), dtype=torch.bool)
         if check_greedy or self.scoring == "confidence":
-            values, greedy = confidence_scores(self.model, bar(pairs, "Confidence"), **options)
+            values, greedy = confidence_scores(self.model, bar(pairs, "Confidence", quiet), **options)
         if self.scoring == "bound":
             # The one token of a short answer is always masked, so one evaluation is exact.
             for single, n in ((True, 1), (False, self.mc_num)):
                 chosen = [i for i, (_, after) in enumerate(pairs) if (len(after) == 1) == single]
-                rows = bar([pairs[i] for i in chosen], "Likelihood")
+                rows = bar([pairs[i] for i in chosen], "Likelihood", quiet)
                 values[chosen] = log_likelihoods(self.model, rows, n, self.seed, **options)[0]
         return values, greedy
 
@@ -83,15 +77,12 @@ class Adapter:
         options = {"n_samples": self.mc_num, "seed": self.seed, "batch_size": self.batch_size, "cfg_scale": self.cfg}
         return perplexity(self.model, text, self.tokenizer, self.window, self.stride, **options)
 
-    # ---- generation
-
     def config_of(self, asked: dict) -> SampleConfig:
         """Return how to decode: the user's options come first, then what the task asks for. Raises BadInput."""
         chosen = {name: value for name, value in self.sampling.items() if value is not None}
-        chosen.setdefault("gen_len", int(asked.get("max_gen_toks", 128)))
-        check_whole("gen_length", chosen["gen_len"], 1, self.max_length - 1)
-        chosen.setdefault("block_len", chosen["gen_len"])
-        chosen.setdefault("steps", chosen["gen_len"])
+        length = chosen.get("gen_len", int(asked.get("max_gen_toks", 128)))
+        check_whole("gen_length", length, 1, self.max_length - 1)
+        chosen = {"gen_len": length, "block_len": length, "steps": length} | chosen
         if asked.get("do_sample"):
             chosen |= {name: asked[name] for name in ("temperature", "top_k", "top_p") if name in asked}
         return SampleConfig(**chosen, cfg_scale=self.cfg, stop_ids=self.stop_ids())
@@ -107,11 +98,8 @@ class Adapter:
         written = generate(self.model, [prompt[-room:] for prompt in prompts], config, seed)
         return [self.tokenizer.decode(row) for row in written]
 
-    # ---- chat
-
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template of the model's directory."""
         return ChatTemplate.load(self.directory, self.tokenizer)
 
 

@@ -1,7 +1,4 @@
-"""Measure a model on a text, on gaps in a text, on questions with options, and on toy tasks.
-
-Each measurement is a function that returns a dictionary for JSON.
-"""
+"""Measure a model on a text, gaps in a text, questions with options, and toy tasks; return dictionaries for JSON."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -20,9 +17,10 @@ from ..text.corpora import records
 from ..text.ids import validation_batch
 from ..text.tasks import Example, Task
 from ..text.tokenizer import Tokenizer
-from .likelihood import Pair, confidence_scores, log_likelihoods, perplexity
+from .likelihood import Ids, Pair, confidence_scores, log_likelihoods, perplexity
 
 SCORINGS = ("bound", "confidence")
+Encode = Callable[[str], Ids]  # turns a prompt into ids
 
 
 def mean_of(values: Sequence[float]) -> dict:
@@ -31,9 +29,9 @@ def mean_of(values: Sequence[float]) -> dict:
     return {"accuracy": fmean(values), "standard_error": error, "n": len(values)}
 
 
-def bar(rows: Iterable, what: str) -> Iterable:
+def bar(rows: Sequence, what: str, disable: bool = False) -> Iterable:
     """Return the rows, with a progress bar on a terminal."""
-    return tqdm(rows, desc=what, disable=None)
+    return tqdm(rows, desc=what, disable=disable or not len(rows) or None)
 
 
 def batches(rows: Sequence, size: int, what: str) -> Iterable[Sequence]:
@@ -43,7 +41,7 @@ def batches(rows: Sequence, size: int, what: str) -> Iterable[Sequence]:
 
 def complete(model: nn.Module, canvas: Canvas, config: SampleConfig, seed: int) -> tuple[torch.Tensor, int]:
     """Return the filled canvas (B,T) and how many evaluations it took."""
-    nfe, x = 0, canvas.x
+    x, nfe = canvas.x, 0
     for step in stream(model, canvas, config, seed):
         x, nfe = step.x, step.nfe
     return x, nfe
@@ -56,23 +54,16 @@ def measure_text(model: nn.Module, tokenizer: Tokenizer, text: str, **options) -
     """Measure the `perplexity` of a text, with the options of that function; every figure is an upper bound."""
     found = perplexity(model, text, tokenizer, progress=partial(bar, what="perplexity"), **options)
     derived = {name: getattr(found, name) for name in ("perplexity", "bits_per_character", "bits_per_byte")}
-    unknown = {} if options.get("n_samples") != 1 else {"standard_error": None}
-    return {**found._asdict(), **derived, **unknown}
+    return found._asdict() | derived | ({"standard_error": None} if options.get("n_samples") == 1 else {})
 
 
 # ---- gaps
 
 
 def measure_infilling(
-    model: nn.Module,
-    tokens: Sequence[int],
-    config: SampleConfig,
-    length: int,
-    n: int = 100,
-    hide: float = 0.15,
-    seed: int = 0,
-    batch_size: int = 8,
-) -> dict:
+    model: nn.Module, tokens: Ids, config: SampleConfig, length: int,
+    n: int = 100, hide: float = 0.15, seed: int = 0, batch_size: int = 8,
+) -> dict:  # fmt: skip
     """Hide a random share of the tokens in n evenly spaced windows of a text; measure how many are written right.
 
     length: tokens of a window, and all that the model sees.
@@ -83,15 +74,14 @@ def measure_infilling(
     holes = max(1, round(hide * length))
     order = torch.rand(x0.shape, generator=torch.Generator().manual_seed(seed)).argsort(1).argsort(1)
     hidden, right, evaluations = order < holes, [], []
+    xt = x0.masked_fill(hidden, model.config.mask_id)
     for rows in batches(torch.arange(n), batch_size, "infilling"):
-        clean, holes_here = x0[rows], hidden[rows]
-        masked = clean.masked_fill(holes_here, model.config.mask_id).tolist()
-        canvas = Canvas.infill(masked, model.config, next(model.parameters()).device)
+        canvas = Canvas.infill(xt[rows].tolist(), model.config, next(model.parameters()).device)
         x, nfe = complete(model, canvas, config, seed)
-        right += ((x.cpu() == clean) & holes_here).sum(1).tolist()
+        right += ((x.cpu() == x0[rows]) & hidden[rows]).sum(1).tolist()
         evaluations.append(nfe)
-    result = mean_of([count / holes for count in right])
-    return {**result, "hidden": holes, "length": length, "evaluations": fmean(evaluations)}
+    found = {"hidden": holes, "length": length, "evaluations": fmean(evaluations)}
+    return mean_of([count / holes for count in right]) | found
 
 
 # ---- options
@@ -105,20 +95,14 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
 
 
 def score_options(
-    model: nn.Module,
-    pairs: Sequence[Pair],
-    scoring: str = "bound",
-    n_samples: int = 128,
-    seed: int = 0,
-    batch_size: int = 32,
-    cfg_scale: float = 0.0,
+    model: nn.Module, pairs: Sequence[Pair], scoring: str = "bound", n_samples: int = 128, seed: int = 0, **options
 ) -> list[float]:
     """Return a score for each pair, higher for a likelier one: a bound of log p, or one of `confidence_scores`."""
     check_one_of("scoring", scoring, SCORINGS)
     rows = bar(pairs, "options")
     if scoring == "confidence":
-        return confidence_scores(model, rows, batch_size, cfg_scale)[0].tolist()
-    return log_likelihoods(model, rows, n_samples, seed, batch_size, cfg_scale)[0].tolist()
+        return confidence_scores(model, rows, **options)[0].tolist()
+    return log_likelihoods(model, rows, n_samples, seed, **options)[0].tolist()
 
 
 def measure_choices(model: nn.Module, tokenizer: Tokenizer, items: Sequence[dict], **options) -> dict:
@@ -130,9 +114,10 @@ def measure_choices(model: nn.Module, tokenizer: Tokenizer, items: Sequence[dict
     scores = iter(score_options(model, pairs, **options))
     plain, even = [], []
     for item in items:
-        mine = [(next(scores), len(option)) for option in item["options"]]
-        plain.append(float(max(range(len(mine)), key=lambda i: mine[i][0]) == item["answer"]))
-        even.append(float(max(range(len(mine)), key=lambda i: mine[i][0] / mine[i][1]) == item["answer"]))
+        mine = [next(scores) for _ in item["options"]]
+        shared = [score / len(option) for score, option in zip(mine, item["options"], strict=True)]
+        plain.append(float(mine.index(max(mine)) == item["answer"]))
+        even.append(float(shared.index(max(shared)) == item["answer"]))
     return {**mean_of(plain), "accuracy_per_character": fmean(even)}
 
 
@@ -156,15 +141,11 @@ def read_choices(path: Path) -> list[dict]:
 
 
 def canvas_of(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    encode: Callable[[str], list[int]],
-    examples: Sequence[Example],
-    gen_len: int,
+    model: nn.Module, tokenizer: Tokenizer, encode: Encode, examples: Sequence[Example], gen_len: int
 ) -> tuple[Canvas, list[slice]]:
     """Make the canvas of a few questions, all with gaps or none; return it with the columns of each answer.
 
-    encode turns a prompt into ids. A gap has as many holes as the answer has tokens.
+    A gap has as many holes as the answer has tokens.
     """
     c, device = model.config, next(model.parameters()).device
     if not examples[0].after:
@@ -177,17 +158,12 @@ def canvas_of(
 
 
 def measure_task(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    task: Task,
-    config: SampleConfig,
-    encode: Callable[[str], list[int]] | None = None,
-    seed: int = 0,
-    batch_size: int = 8,
-) -> tuple[dict, list[dict]]:
+    model: nn.Module, tokenizer: Tokenizer, task: Task, config: SampleConfig,
+    encode: Encode | None = None, seed: int = 0, batch_size: int = 8,
+) -> tuple[dict, list[dict]]:  # fmt: skip
     """Measure how much of a task's test is answered rightly, by kind of question too; return that and all answers.
 
-    encode turns a prompt into ids. Unless given, a prompt begins a line, as in the text that a task is learned from.
+    Unless there is an `encode`, a prompt begins a line, as in the text that a task is learned from.
     """
     encode = encode or (lambda prompt: tokenizer.encode(f"\n{prompt}"))
     scores, records, evaluations = {}, [], []

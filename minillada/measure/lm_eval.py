@@ -3,12 +3,11 @@
     python -m minillada lm_eval run --model minillada --model_args pretrained=RUN_OR_ID,mc_num=128
         --include_path examples/lm_eval --tasks toy_choices,toy_text,toy_sums
 
-This is the harness's own command with our model added to those that it knows. Options are named as in LLaDA's official
-adapter. Log-likelihoods are lower bounds, so perplexities are upper bounds.
+This is the harness's own command, to which our model is added. Options are named as in LLaDA's official adapter.
+Log-likelihoods are lower bounds, so perplexities are upper bounds.
 """
 
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 from ..errors import BadInput, BadLuck
 
@@ -19,10 +18,8 @@ try:
 except ImportError as error:
     raise BadLuck(f"lm_eval: expected the package, got {error}; pip install 'minillada[eval]'") from None
 
-from tqdm import tqdm
-
 from .adapter import Adapter, cut
-from .evaluate import encode_pair
+from .evaluate import bar, encode_pair
 from .likelihood import Pair
 
 
@@ -45,8 +42,6 @@ class MiniLLaDA(Adapter, LM):
         self.is_check_greedy = is_check_greedy
         self.chats: dict[str, list[int]] = {}  # text of a chat -> its ids
 
-    # ---- likelihood
-
     def pair(self, context: str, continuation: str) -> Pair:
         """Return the ids of a context and a continuation that fit the model."""
         if context in self.chats:
@@ -56,27 +51,21 @@ class MiniLLaDA(Adapter, LM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log p(continuation | context), whether greedy decoding would write it) for every request."""
         pairs = [self.pair(*request.args) for request in requests]
-        values, greedy = self.log_likelihoods(pairs, self.is_check_greedy, partial(bar, disable=disable_tqdm))
-        results = list(zip(values.tolist(), greedy.tolist(), strict=True))
-        return self.remember("loglikelihood", requests, results)
+        values, greedy = self.log_likelihoods(pairs, self.is_check_greedy, disable_tqdm)
+        return self.remember("loglikelihood", requests, list(zip(values.tolist(), greedy.tolist(), strict=True)))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return log p of every whole text, with nothing before it."""
         texts = bar([request.args[0] for request in requests], "Perplexity", disable_tqdm)
         return self.remember("loglikelihood_rolling", requests, [-self.perplexity(text).nats for text in texts])
 
-    # ---- generation
-
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return what the model writes after each context, up to the first of the task's stop strings."""
         answers, groups = [""] * len(requests), {}
         for i, request in enumerate(requests):  # all rows of a batch are decoded in the same way
             groups.setdefault(self.config_of(request.args[1]), []).append(i)
-        batches = [
-            (config, group[first : first + self.batch_size])
-            for config, group in groups.items()
-            for first in range(0, len(group), self.batch_size)
-        ]
+        size = self.batch_size
+        batches = [(c, group[i : i + size]) for c, group in groups.items() for i in range(0, len(group), size)]
         for config, batch in bar(batches, "Generation", disable_tqdm):
             prompts = [self.encode(requests[i].args[0]) for i in batch]
             for i, text in zip(batch, self.write(prompts, config, self.seed), strict=True):
@@ -86,8 +75,6 @@ class MiniLLaDA(Adapter, LM):
     def encode(self, context: str) -> list[int]:
         """Return the ids of a context, which may be a chat."""
         return self.chats[context] if context in self.chats else self.tokenizer.encode(context)
-
-    # ---- chat
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return the chat as a text, and remember its ids: the text does not tell a marker from a typed imitation."""
@@ -103,18 +90,11 @@ class MiniLLaDA(Adapter, LM):
         """The name under which the harness caches requests."""
         return str(self.name)
 
-    # ---- the harness's cache
-
     def remember(self, kind: str, requests: Sequence[Instance], results: list) -> list:
         """Put the results into the harness's cache and return them."""
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial(kind, request.args, result)
         return results
-
-
-def bar(rows: Sequence, what: str, disable: bool) -> Iterable:
-    """Return the rows, with a progress bar on a terminal."""
-    return tqdm(rows, desc=what, disable=disable or not rows or None)
 
 
 def main() -> None:

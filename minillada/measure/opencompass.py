@@ -63,14 +63,9 @@ class MiniLLaDA(Adapter, BaseModel):
         """Return the number of tokens of a prompt."""
         return len(self.encode(prompt))
 
-    # ---- likelihood
-
     def get_ppl_from_template(self, templates: list[Template], mask_length: list[int] | None = None) -> np.ndarray:
-        """Return nats per token (N,).
-
-        If the meta template says which role is generated, that role's last words are predicted and all before them is
-        given; otherwise the whole text is predicted.
-        """
+        """Return nats per token (N,) of the last words of the role that the meta template lets generate, given what
+        comes before them; without such a role, of the whole text."""
         whole, given = (self.parse_template(templates, mode=mode) for mode in ("ppl", "gen"))
         if mask_length is not None or whole == given:
             return self.get_ppl(whole, mask_length)
@@ -104,8 +99,6 @@ class MiniLLaDA(Adapter, BaseModel):
     def per_token(self, pairs: list[Pair]) -> np.ndarray:
         """Return the nats per token (N,) of each answer."""
         return -self.log_likelihoods(pairs)[0].numpy() / [len(after) for _, after in pairs]
-
-    # ---- generation
 
     def generate(
         self, inputs: list[Prompt], max_out_len: int, stopping_criteria: Sequence[str] = (), **drawing

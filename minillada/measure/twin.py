@@ -1,7 +1,7 @@
 """Train and use the same Transformer as an autoregressive model (causal mask, next-token loss), for comparison.
 
-[MASK] stands in front of every sequence as its beginning of text. So all T tokens of a row are predicted, as in the
-bound of diffusion.py; that bound is an upper bound, while the nats here are exact. Training differs in the loss alone:
+[MASK] begins every sequence, so all T tokens of a row are predicted, as in the bound of diffusion.py. That is an upper
+bound, while the nats here are exact. Training differs in the loss alone:
 
     model = LLaDA(config); loss = twin_loss(model, x0); loss.backward()
 
@@ -13,12 +13,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import BadInput
 from ..model import KVCache
 from ..strategies import draw
-from .likelihood import Pair, check_pair
+from .likelihood import Ids, Pair, check_pair, padded
 
 
 def causal(length: int, device: torch.device | str | None = None) -> Tensor:
@@ -41,25 +40,19 @@ def twin_loss(model: nn.Module, x0: Tensor) -> Tensor:
 @torch.no_grad()
 def twin_log_likelihoods(model: nn.Module, pairs: Sequence[Pair], batch_size: int = 32) -> Tensor:
     """Return the exact log p(answer | prompt) in nats of unequal (prompt, answer) pairs, (N,)."""
-    device, values = next(model.parameters()).device, []
+    device, values = next(model.parameters()).device, [torch.empty(0, dtype=torch.double)]
+    for pair in pairs:
+        check_pair(model, *pair)
     for first in range(0, len(pairs), batch_size):
-        batch = pairs[first : first + batch_size]
-        for pair in batch:
-            check_pair(model, *pair)
-        x0 = pad_sequence([torch.tensor([*prompt, *answer]) for prompt, answer in batch], True).to(device)
+        x0, given, valid = padded(pairs[first : first + batch_size], device)
         nats = twin_nll(model, x0).cpu().double()  # padding stands behind a row, where no token looks
-        values += [-row[len(p) : len(p) + len(a)].sum().item() for row, (p, a) in zip(nats, batch, strict=True)]
-    return torch.tensor(values)
+        values.append(-(nats * (valid & ~given).cpu()).sum(1))
+    return torch.cat(values)
 
 
 @torch.no_grad()
 def twin_generate(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    gen_len: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    stop_ids: Sequence[int] = (),
+    model: nn.Module, prompts: Sequence[Ids], gen_len: int, temperature: float = 0.0, seed: int = 0, stop_ids: Ids = ()
 ) -> list[list[int]]:
     """Generate gen_len tokens after each of several unequal prompts; cut each answer before its first stop id.
 
