@@ -1,7 +1,6 @@
 """Turn a trace into something to look at: a self-contained HTML page, an animated SVG or GIF, a picture of the order.
 
-What a model or a user wrote gets into a file as data: the page sets text and never markup, and its own policy lets no
-script run but the one it was made with.
+What a model or a user wrote gets into a file as data: the page sets text, never markup, and runs its own script alone.
 """
 
 import base64
@@ -48,13 +47,11 @@ def document(trace: Trace) -> dict:
     rivals = [trace.rivals.get(place, ([], [])) for place in found]
     top = min((len(ids) for ids, _ in rivals), default=0)
     flat = [np.array([row[i][:top] for row in rivals]).reshape(-1) for i in (0, 1)]
-    known, index = np.unique(
-        np.concatenate([trace.given, trace.final, trace.token, flat[0]]).astype(int), return_inverse=True
-    )
-    ends = np.cumsum([len(trace.given), len(trace.final), len(trace.token)])
-    given, _, token, rival = np.split(index, ends)
+    parts = [trace.given, trace.final, trace.token, flat[0]]
+    known, index = np.unique(np.concatenate(parts).astype(int), return_inverse=True)
+    given, _, token, rival = np.split(index, np.cumsum([len(part) for part in parts[:3]]))
     count = np.bincount(trace.position, minlength=len(trace.given))
-    number = dict(zip(known.tolist(), range(len(known)), strict=True))
+    number, final = {id: i for i, id in enumerate(known.tolist())}, trace.final.tolist()
     packed = [given, count, trace.step, trace.kind, token, level(trace.probability), rival, level(flat[1])]
     return {
         "steps": trace.n_steps,
@@ -62,9 +59,7 @@ def document(trace: Trace) -> dict:
         "words": trace.texts(known),
         "special": [i for i, id in enumerate(known.tolist()) if id in trace.tokenizer.special_ids],
         "mask": number.get(trace.tokenizer.mask_id, -1),
-        "joined": [
-            [at, n, text, *(number[int(id)] for id in trace.final[at : at + n])] for at, n, text in trace.joined()
-        ],
+        "joined": [[at, n, text, *map(number.get, final[at : at + n])] for at, n, text in trace.joined()],
         "columns": [pack(column) for column in packed],
     }
 
@@ -87,9 +82,7 @@ def to_html(trace: Trace, title: str = "minillada") -> str:
 # ---- Pictures: the final text on a grid, every token at its place from the beginning ---------------------------------
 
 
-class Cell(NamedTuple):
-    """A piece of a token on one line."""
-
+class Cell(NamedTuple):  # a piece of a token on one line
     line: int
     column: int
     width: int
@@ -108,15 +101,11 @@ def cells(trace: Trace, width: int = 80) -> tuple[list[list[Cell]], int]:
             if i:
                 line, column = line + 1, 0
             while piece or not mine:
-                size = sum(map(columns, piece))
-                if column and column + max(size, 1) > width:
+                if column and column + max(sum(map(columns, piece)), 1) > width:
                     line, column = line + 1, 0
                 cut = next((k for k in range(len(piece)) if sum(map(columns, piece[: k + 1])) > width), len(piece))
-                size = sum(map(columns, piece[:cut]))
-                mine.append(Cell(line, column, size, piece[:cut]))
-                column, piece = column + size, piece[cut:]
-                if not piece:
-                    break
+                mine.append(Cell(line, column, sum(map(columns, piece[:cut])), piece[:cut]))
+                column, piece = column + mine[-1].width, piece[cut:]
         found.append(mine)
     return found, line + 1
 
@@ -199,9 +188,7 @@ def to_gif(trace: Trace, width: int = 80, most: int = 150) -> bytes:
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSansMono.ttf", 14)
-    places, n_lines = cells(trace, width)
-    lives = states(trace)
-    n = trace.n_steps
+    (places, n_lines), lives, n = cells(trace, width), states(trace), trace.n_steps
     moments = np.unique(np.linspace(0, n, min(n, most) + 1).round().astype(int)).tolist()
     size = (round(2 * PAD + width * WIDE), round(2 * PAD + n_lines * HIGH))
     frames = []
@@ -214,12 +201,11 @@ def to_gif(trace: Trace, width: int = 80, most: int = 150) -> bytes:
                 x, y = PAD + cell.column * WIDE, PAD + cell.line * HIGH
                 box = (x, y + 2, x + max(1, cell.width) * WIDE - 1, y + 20)
                 text = cell.text if now is None or now[1] == n else now[2][: max(1, cell.width)] * (cell is place[0])
-                if life and now is None:
-                    pen.rectangle(box, "#454b55")
-                    continue
-                if now and now[0] >= before:
-                    pen.rectangle(box, "#1d7a4a")
-                pen.text((x, y + 3), text, "#e4e6ea" if life else "#989fa9", font)
+                hole = life and now is None
+                if hole or (now and now[0] >= before):
+                    pen.rectangle(box, "#454b55" if hole else "#1d7a4a")
+                if not hole:
+                    pen.text((x, y + 3), text, "#e4e6ea" if life else "#989fa9", font)
         frames.append(frame)
     palette = frames[len(frames) // 2].quantize(32)
     small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
@@ -237,10 +223,9 @@ def to_order(trace: Trace) -> bytes:
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    there, back = trace.kind == COMMITTED, trace.kind == REVISED
-    sure, colours = level(trace.probability[there]) / 254, LinearSegmentedColormap.from_list("", ["#f08c1a", "#2a62c9"])
-    known = sure <= 1
-    dots = axes.scatter(trace.position[there][known], trace.step[there][known] + 1, s=14, c=sure[known],
+    there, back = (trace.kind == COMMITTED) & ~np.isnan(trace.probability), trace.kind == REVISED
+    colours = LinearSegmentedColormap.from_list("", ["#f08c1a", "#2a62c9"])
+    dots = axes.scatter(trace.position[there], trace.step[there] + 1, s=14, c=trace.probability[there],
                         cmap=colours, vmin=0, vmax=1, linewidths=0)  # fmt: skip
     if back.any():
         axes.scatter(trace.position[back], trace.step[back] + 1, s=26, marker="x", c="tab:red", linewidths=1,

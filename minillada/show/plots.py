@@ -21,9 +21,8 @@ def loss_curve(run: Path) -> Path | None:
     panels = figure.subplots(1, 2 if evaluations else 1, squeeze=False)[0]
     for axes, draw, data in zip(panels, (draw_steps, draw_levels), (records, evaluations), strict=False):
         draw(axes, data)
-        axes.legend(
-            frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, columnspacing=1.2
-        )  # above the data
+        above = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
+        axes.legend(frameon=False, ncols=3, columnspacing=1.2, **above)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.92")
         axes.set_axisbelow(True)
@@ -32,8 +31,8 @@ def loss_curve(run: Path) -> Path | None:
 
 
 def draw_steps(axes, records: list[dict]) -> None:
-    """Draw every step's loss and its running mean, and the held-out figure where there is one. Leave out what is not
-    finite. Losses in nats per token become nats per character; those of VRPO stay as they are."""
+    """Draw every step's loss that is finite, its running mean, and the held-out figure where there is one. Losses in
+    nats per token become nats per character; those of VRPO stay as they are."""
     prefers = any("preference_loss" in r for r in records)
     held_out = "preference_loss" if prefers else "bound"
     finite = [r for r in records if r["loss"] is not None]
@@ -59,6 +58,5 @@ def draw_levels(axes, evaluations: list[dict]) -> None:
         t, nats = zip(*evaluations[i]["levels"], strict=True)
         nats = [float("nan") if x is None else x for x in nats]
         axes.plot(t, nats, "o-", color=shade, ms=4, label=f"step {evaluations[i]['step']:,}")
-    axes.set_xlim(0, 1)
-    axes.set_ylim(bottom=0)
     axes.set(xlabel="masking level t, share of tokens masked", ylabel="validation, nats per masked token")
+    axes.set(xlim=(0, 1), ylim=(0, None))

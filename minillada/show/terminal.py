@@ -6,6 +6,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import TextIO
 
 import torch
@@ -16,14 +17,8 @@ from ..text.tokenizer import Tokenizer, display
 HOLE = "░"
 PLAIN = "\x1b[0m"
 # Only the eight colours that every terminal has, so that its own theme decides what they look like.
-STYLE = {
-    "hole": "\x1b[2m",
-    "back": "\x1b[1;31m",
-    "given": "",
-    "sure": "\x1b[32m",
-    "fair": "\x1b[33m",
-    "poor": "\x1b[35m",
-}
+STYLE = {"hole": "\x1b[2m", "back": "\x1b[1;31m", "given": ""}
+STYLE |= {"sure": "\x1b[32m", "fair": "\x1b[33m", "poor": "\x1b[35m"}
 NEW = "\x1b[1;7m"  # on top of these
 SURE, FAIR = 0.8, 0.4  # at least this probable
 INVISIBLE = {"Mn", "Me", "Cf"}  # categories of Unicode: marks on the letter before, joiners
@@ -55,18 +50,14 @@ def pieces(
 ) -> list[tuple[Kind, str]]:
     """Cut a row of the canvas into texts of one kind; neighbours stay together, as one token may be half a letter.
 
-    held: the probability of each token of ours when it was committed; NaN for others. new, back: committed, taken back
-    now.
+    held: each token's probability when it was committed; NaN for the given. new, back: committed, taken back now.
     """
-    together: list[tuple[Kind, list[int]]] = []
-    for token, sure, is_new, is_back in zip(tokens, held, new, back, strict=True):
-        kind = (kind_of(token, sure, is_back, tokenizer.mask_id), is_new)
-        if together and together[-1][0] == kind:
-            together[-1][1].append(token)
-        else:
-            together.append((kind, [token]))
-    masks = {"hole", "back"}
-    return [(k, HOLE * len(ids) if k[0] in masks else display(tokenizer.decode(ids))) for k, ids in together]
+    parts = []
+    kinds = [(kind_of(t, p, b, tokenizer.mask_id), n) for t, p, n, b in zip(tokens, held, new, back, strict=True)]
+    for kind, places in groupby(range(len(tokens)), key=kinds.__getitem__):
+        ids = [tokens[i] for i in places]
+        parts.append((kind, HOLE * len(ids) if kind[0] in ("hole", "back") else display(tokenizer.decode(ids))))
+    return parts
 
 
 def columns(character: str) -> int:
@@ -81,7 +72,7 @@ def layout(parts: list[tuple[Kind, str]], width: int, colour: bool) -> list[str]
     lines, used = [""], 0
     for (kind, new), text in parts:
         style = (STYLE[kind] + NEW * new) * colour
-        end = PLAIN if style else ""
+        end = PLAIN * bool(style)
         lines[-1] += style
         for character in text.expandtabs(4):
             if character == "\n" or used + columns(character) > width:
@@ -96,25 +87,19 @@ def layout(parts: list[tuple[Kind, str]], width: int, colour: bool) -> list[str]
 
 
 def watch(
-    steps: Iterable[Step],
-    tokenizer: Tokenizer,
-    out: TextIO | None = None,
-    row: int = 0,
-    stages: int = 5,
-    start: int = 0,
-    pause: float = 0.0,
-) -> Iterator[Step]:
+    steps: Iterable[Step], tokenizer: Tokenizer, out: TextIO | None = None,
+    row: int = 0, stages: int = 5, start: int = 0, pause: float = 0.0,
+) -> Iterator[Step]:  # fmt: skip
     """Yield the same steps, each drawn: in a terminal over the one before, elsewhere a few stages one below the other.
 
     What was committed in a step is reversed, what was taken back is red; green, yellow and magenta say how probable a
     token was when it was committed. NO_COLOR and TERM=dumb are honoured. start: the first column to draw. pause:
-    seconds to hold each step in a terminal. While it works, a canvas taller than the terminal shows its end; then all
-    of it.
+    seconds to hold each step. Until the last step, a canvas taller than the terminal shows its end alone.
     """
     out = out or sys.stdout
     live = out.isatty() and os.environ.get("TERM") != "dumb"
     colour = live and "NO_COLOR" not in os.environ
-    height, parts, shown, first_holes = 0, None, -1.0, None
+    height, parts, shown, at_first = 0, None, -1.0, 0
     for step, frame in frames(steps, row, start):
         parts = pieces(*frame, tokenizer)
         if live:
@@ -124,12 +109,11 @@ def watch(
             height = len(lines)
         else:
             holes = (step.x[row] == tokenizer.mask_id).sum().item()
-            first_holes = first_holes or holes + step.committed[row].sum().item()
-            done = 1 - holes / max(1, first_holes)
+            at_first = at_first or holes + step.committed[row].sum().item()
+            done = 1 - holes / max(1, at_first)
             if done - shown >= 1 / stages or (holes == 0 and shown < 1):
-                text = "\n".join(layout(parts, 10_000, False))
+                text, shown = "\n".join(layout(parts, 10_000, False)), done
                 out.write(f"--- step {step.step + 1}, {done:.0%} written\n{text}\n")
-                shown = done
         out.flush()
         time.sleep(pause if live else 0)
         yield step

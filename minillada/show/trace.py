@@ -5,7 +5,7 @@ Shapes: S steps, T sequence, E events.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ LONGEST = 8  # tokens that one character may be spread over
 class Trace:
     """Hold what happened to one row of a canvas. Make one with `record`.
 
-    The events (E,) are sorted by position, then step, then kind: where a token was taken back and another one committed
-    in one step, that is their order. A proposal is an event only where it differs from that of the step before.
+    The events (E,) are sorted by position, then step, then kind, which is their order within a step. A proposal is an
+    event only where it differs from that of the step before.
     """
 
     tokenizer: Tokenizer
@@ -76,13 +76,6 @@ class Trace:
         events = (column[order] for column in (position, step, kind, token, sure))
         return cls(tokenizer, before[0], x[-1], len(kept), *events, rivals)
 
-    def written(self) -> np.ndarray:
-        """Return the step in which each position was committed for the last time, (T,); -1 for what was given."""
-        step = np.full(len(self.given), -1)
-        there = self.kind >= COMMITTED
-        step[self.position[there]] = self.step[there]  # in rising order, so the last one stays
-        return step
-
     def frame(self, n: int) -> tuple[list[int], list[float], list[bool], list[bool]]:
         """Return the row after n steps: tokens, probability of each of ours, and what was committed and revised now."""
         tokens, held = self.given.copy(), np.full(len(self.given), np.nan)
@@ -90,7 +83,7 @@ class Trace:
         now = done & (self.step == n - 1)
         tokens[self.position[done]] = self.token[done]  # in rising order, so the last one stays
         held[self.position[done]] = self.probability[done]
-        new, back = np.zeros_like(tokens, bool), np.zeros_like(tokens, bool)
+        new, back = np.zeros((2, len(tokens)), bool)
         new[self.position[now & (self.kind == COMMITTED)]] = True
         back[self.position[now & (self.kind == REVISED)]] = True
         return tokens.tolist(), held.tolist(), new.tolist(), back.tolist()
@@ -101,18 +94,13 @@ class Trace:
 
     def joined(self) -> list[tuple[int, int, str]]:
         """Return (first position, how many, text) where tokens of the final canvas make a character only together."""
-        found, at, broken = [], 0, ["\ufffd" in text for text in self.texts(self.final)]
-        while at < len(broken):
-            n = 1
-            if broken[at]:
-                for n in range(2, min(LONGEST, len(broken) - at) + 1):
-                    text = display(self.tokenizer.decode(self.final[at : at + n].tolist(), skip_special=False))
-                    if all(broken[at : at + n]) and "\ufffd" not in text:
-                        found.append((at, n, text))
-                        break
-                else:
-                    n = 1
-            at += n
+        found, free, broken = [], 0, ["\ufffd" in text for text in self.texts(self.final)]
+        for at, n in product(range(len(broken)), range(2, LONGEST + 1)):
+            if at >= free and at + n <= len(broken) and all(broken[at : at + n]):
+                text = display(self.tokenizer.decode(self.final[at : at + n].tolist(), skip_special=False))
+                if "\ufffd" not in text:
+                    found.append((at, n, text))
+                    free = at + n
         return found
 
     def spans(self) -> Iterator[tuple[int, int, int, int, float]]:
