@@ -17,20 +17,18 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
 
 import torch
+from torch import Generator, Tensor
 
-from minillada.diffusion import PROCESSES, random_length, sample_t
+from minillada.diffusion import Noised, random_length, sample_t
 from minillada.model import LLaDA
-from minillada.text.ids import batches
+from minillada.train import Ways, learn
 from minillada.training.config import TrainConfig
-from minillada.training.optim import set_rate
-from minillada.training.run import update
-from minillada.training.state import State
-from minillada.training.validation import validate
+from minillada.training.making import Made, make
+from minillada.training.pretraining import TextPretraining
 
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
 PLAIN = {"optimizer": "adamw", "process": "bernoulli", "precision": "float32"}
@@ -41,26 +39,28 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def learn(now: State, stratified: bool = True, evaluations: int = 25) -> Iterator[tuple[float, float, int]]:
-    """Train for `minutes`, or for `steps`; yield (seconds of training, nats per character of validation text, step).
+class Independent(TextPretraining):
+    """Pre-train with masking levels that are independent of each other, where a run has one of each equal slice."""
 
-    What `train` does in a step, but for stratified = False: then the masking levels of a batch are independent.
-    """
-    config, model, rng = now.config, now.model, now.rng
-    stream = batches(now.text.train, config.batch_size, config.length, config.seed)
-    seconds, step, shown, progress = 0.0, 0, 0, 0.0
-    while progress < 1:
+    def noise(self, x0: Tensor, rng: Generator) -> tuple[Tensor, Noised]:
+        x0 = random_length(x0, rng)
+        return x0, self.process(x0, self.mask_id, sample_t(len(x0), rng, stratified=False), rng)
+
+
+def follow(made: Made, evaluations: int = 25) -> Iterator[tuple[float, float, int]]:
+    """Train for `minutes`, or for `steps`; yield (seconds of training, nats per character of validation text, step)."""
+    config, seconds, shown = made.config, 0.0, 0
+    part = lambda step: seconds / 60 / config.minutes if config.minutes else step / config.steps
+    ways = Ways(progress=lambda step: part(step - 1))
+    start = clock()
+    for done in learn(made.called, made.optimizers, made.objective, config, made.rng, ways=ways):
+        seconds += clock() - start
+        if part(done.step) >= (shown + 1) / evaluations:
+            shown = int(evaluations * part(done.step))
+            yield seconds, made.objective.validate(made.model)["bound"], done.step
+        if part(done.step) >= 1:
+            return
         start = clock()
-        set_rate(now.optimizers, config, progress)
-        x0 = random_length(next(stream), rng)
-        t = sample_t(len(x0), rng, stratified)
-        noised = PROCESSES[config.process](x0, model.config.mask_id, t, rng)
-        update(now.called, now.optimizers, x0, noised, config, now.precision)
-        seconds, step = seconds + clock() - start, step + 1
-        progress = seconds / 60 / config.minutes if config.minutes else step / config.steps
-        if progress >= (shown + 1) / evaluations:
-            shown = int(evaluations * progress)
-            yield seconds, validate(model, now.text, config, now.precision)[0], step
 
 
 def measure(
@@ -70,16 +70,17 @@ def measure(
 
     begin: what to do to the model before it learns.
     """
-    with ExitStack() as stack:
-        now = State(stack, config, None, {})
-        if begin:
-            begin(now.model)
-        curve = [[round(seconds, 2), round(bound, 4), step] for seconds, bound, step in learn(now, stratified)]
+    made = make(config)
+    if not stratified:
+        made = made._replace(objective=Independent(made.text, made.config, made.model.config.mask_id))
+    if begin:
+        begin(made.model)
+    curve = [[round(seconds, 2), round(bound, 4), step] for seconds, bound, step in follow(made)]
     seconds, bound, step = curve[-1]
     speed = round(step * config.batch_size * config.length / seconds)
     print(f"{name}: <= {bound:.4f} nats per character, {step:,} steps, {speed:,} tokens/s", flush=True)
-    found = {"bound": bound, "best": min(bound for _, bound, _ in curve), "precision": now.precision}
-    found |= {"parameters": now.model.n_parameters(), "steps": step, "tokens_per_second": speed}
+    found = {"bound": bound, "best": min(bound for _, bound, _ in curve), "precision": made.config.precision}
+    found |= {"parameters": made.model.n_parameters(), "steps": step, "tokens_per_second": speed}
     return found | {"curve": curve}
 
 

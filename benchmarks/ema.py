@@ -9,31 +9,29 @@ costs it nothing. Prints a Markdown table in nats per character of validation te
 """
 
 import argparse
-from contextlib import ExitStack
 from copy import deepcopy
 from itertools import count
 
 import torch
-from curves import learn
+from curves import follow
 
 from minillada.model import LLaDA
 from minillada.training.config import TrainConfig
-from minillada.training.state import State
-from minillada.training.validation import validate
+from minillada.training.making import Made, make
 
 
-def averages(now: State, decays: list[float]) -> list[LLaDA]:
+def averages(made: Made, decays: list[float]) -> list[LLaDA]:
     """One model for each decay; from now on they follow the one in training."""
-    models, steps = [deepcopy(now.model) for _ in decays], count(1)
+    models, steps = [deepcopy(made.model) for _ in decays], count(1)
 
     @torch.no_grad()
     def move(*_: object) -> None:
         n = next(steps)
         for decay, model in zip(decays, models, strict=True):
-            for average, p in zip(model.parameters(), now.model.parameters(), strict=True):
+            for average, p in zip(model.parameters(), made.model.parameters(), strict=True):
                 average.lerp_(p, (1 - decay) / (1 - decay**n))
 
-    now.optimizers[-1].register_step_post_hook(move)
+    made.optimizers[-1].register_step_post_hook(move)
     return models
 
 
@@ -48,12 +46,11 @@ def main() -> None:
     config = TrainConfig(data=args.corpus, preset=args.preset, steps=args.steps, decay=args.decay)
     print("| Step | Weights | " + " | ".join(f"{decay:g}" for decay in args.averages) + " |")
     print("|---" * (2 + len(args.averages)) + "|")
-    with ExitStack() as stack:
-        now = State(stack, config, None, {})
-        models = averages(now, args.averages)
-        for _, bound, step in learn(now, evaluations=8):
-            bounds = [bound, *(validate(model, now.text, config, now.precision)[0] for model in models)]
-            print(f"| {step:,} | " + " | ".join(f"{b:.4f}" for b in bounds) + " |", flush=True)
+    made = make(config)
+    models = averages(made, args.averages)
+    for _, bound, step in follow(made, evaluations=8):
+        bounds = [bound, *(made.objective.validate(model)["bound"] for model in models)]
+        print(f"| {step:,} | " + " | ".join(f"{b:.4f}" for b in bounds) + " |", flush=True)
 
 
 if __name__ == "__main__":

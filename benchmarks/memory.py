@@ -15,13 +15,15 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from minillada import TrainConfig
-from minillada.diffusion import exact_count, sample_t
 from minillada.model import LLaDA, ModelConfig
+from minillada.text.ids import Tokens
+from minillada.train import learn
 from minillada.training.optim import make_optimizers, recompute, snapshot
-from minillada.training.run import update
+from minillada.training.pretraining import TextPretraining
 
 VOCABULARY = 2048
 
@@ -52,17 +54,15 @@ def measure(changes: dict) -> dict:
     config = TrainConfig(preset="small", **changes)
     if n_layer:
         config = replace(config, model={**config.model, "n_layer": n_layer})
-    rng = torch.Generator().manual_seed(0)
-    x0 = torch.randint(VOCABULARY - 1, (config.batch_size, config.length), generator=rng)
+    ids = np.random.default_rng(0).integers(0, VOCABULARY - 1, 4 * config.batch_size * config.length, dtype=np.uint16)
+    objective = TextPretraining(Tokens(ids, ids, 1.0, 1.0, ""), config, VOCABULARY - 1)
     torch.ones(1).bfloat16() @ torch.ones(1, 1).bfloat16()  # what libraries set up once is not counted
     before = peak()
     model = LLaDA(ModelConfig(VOCABULARY, VOCABULARY - 1, max_len=config.length, **config.model))
     model = recompute(model) if config.recompute else model
     optimizers = make_optimizers(model, config)
     kept = None
-    for _ in range(2):
-        noised = exact_count(x0, VOCABULARY - 1, sample_t(len(x0), rng), rng)
-        update(model, optimizers, x0, noised, config, config.precision)
+    for _, _ in zip(range(2), learn(model, optimizers, objective, config, torch.Generator()), strict=False):
         kept = kept or snapshot(model, optimizers)  # as in training, what one can go back to
     state = sum(t.nbytes for of in kept[1:] for s in of["state"].values() for t in s.values())
     weights = sum(p.nbytes for p in model.parameters())

@@ -11,19 +11,23 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from minillada.diffusion import exact_count, sample_t
 from minillada.model import LLaDA, ModelConfig, MoE
+from minillada.text.ids import Tokens
+from minillada.train import learn
+from minillada.training.balance import Balanced
 from minillada.training.config import PRESETS, TrainConfig
 from minillada.training.optim import make_optimizers
-from minillada.training.run import update
+from minillada.training.pretraining import TextPretraining
 
 SIZES = {"8 experts, top 2": (8, 2), "64 experts, top 8": (64, 8)}
 
@@ -91,10 +95,13 @@ def training(precision: str, seconds: float) -> dict[str, float]:
     for preset in ("tiny", "tiny-moe"):
         config = TrainConfig(preset=preset, precision=precision)
         model = LLaDA(ModelConfig(vocab_size=4096, mask_id=0, **PRESETS[preset]["model"]))
-        x0 = torch.randint(1, 4096, (config.batch_size, config.length), generator=Generator().manual_seed(0))
-        noised = exact_count(x0, 0, sample_t(len(x0), Generator().manual_seed(1)), Generator().manual_seed(2))
-        contestants[preset] = partial(update, model, make_optimizers(model, config), x0, noised, config, precision)
-        batch[preset] = x0.numel()
+        ids = np.random.default_rng(0).integers(1, 4096, 100_000).astype(np.uint16)
+        objective = Balanced(TextPretraining(Tokens(ids, ids, 1.0, 1.0, ""), config, 0), config)
+        objective = objective if model.config.n_expert else objective.objective
+        forever = replace(config, steps=10**9)
+        steps = learn(model, make_optimizers(model, config), objective, forever, Generator().manual_seed(0))
+        contestants[preset] = partial(next, steps)
+        batch[preset] = config.batch_size * config.length
     return {name: batch[name] / median(times) for name, times in take_turns(contestants, seconds).items()}
 
 

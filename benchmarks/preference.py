@@ -12,6 +12,7 @@ naive DPO with the same number of evaluations, three seeds each. OUT/results.jso
 import json
 import re
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -24,10 +25,10 @@ from minillada.files import write_json
 from minillada.sampler import SampleConfig, generate
 from minillada.text.tasks import Example, make_task, write_task
 from minillada.text.tokenizer import Tokenizer
-from minillada.training.config import TrainConfig
+from minillada.training.config import CONFIGS, TrainConfig, VRPOConfig
 from minillada.training.run import train
-from minillada.training.sft import PADDING, Item, hide_padding, stack
-from minillada.training.vrpo import bounds, draw, scores
+from minillada.training.sft import Item
+from minillada.training.vrpo import VRPO, scores
 from minillada.weights.checkpoint import load
 
 # How many levels, masks at each, and whether model and reference share them -> the paper's variance (arXiv:2505.19223)
@@ -53,8 +54,6 @@ def versions(seconds: float) -> tuple[nn.Module, nn.Module, Tokenizer]:
             kept = {name: p.clone() for name, p in step.model.state_dict().items()}
     reference = type(step.model)(step.model.config)
     reference.load_state_dict(kept)
-    for model in (step.model, reference):
-        model.register_forward_pre_hook(hide_padding, with_kwargs=True)
     return step.model, reference, step.tokenizer
 
 
@@ -66,18 +65,13 @@ def pairs_of_tales(tokenizer: Tokenizer, n: int) -> list[Item]:
     return [[encode(one, one.answer), encode(one, other.answer)] for one, other in both]
 
 
-def sampled(
-    model: nn.Module, reference: nn.Module, item: Item, config: TrainConfig, stratified: bool, n: int
-) -> Tensor:
+@torch.no_grad()
+def sampled(model: nn.Module, reference: nn.Module, item: Item, config: VRPOConfig, stratified: bool, n: int) -> Tensor:
     """n estimates (n,) of an item's score."""
-    rng, found, each = Generator().manual_seed(0), [], config.samples * config.masks
-    for size in [50] * (n // 50):
-        x0, maskable = (x.repeat_interleave(each, 0) for x in stack(item * size, PADDING))
-        noised = draw(x0, maskable, model.config.mask_id, rng, config, stratified)
-        theirs = noised if config.shared else draw(x0, maskable, model.config.mask_id, rng, config, stratified)
-        both = [bounds(m, x0, noise, config, "float32") for m, noise in ((model, noised), (reference, theirs))]
-        found.append(scores(*(bound.view(-1, 2, each) for bound in both)))
-    return torch.cat(found).double()
+    size, rng = 50, Generator().manual_seed(0)
+    vrpo = VRPO(None, replace(config, precision="float32"), model.config.mask_id, reference, stratified)
+    drawn = (vrpo.draw([item] * size, rng) for _ in range(n // size))
+    return torch.cat([scores(*vrpo.bounds(model, batch, torch.arange(size))) for batch in drawn]).double()
 
 
 def variance(args: Namespace) -> None:
@@ -86,7 +80,7 @@ def variance(args: Namespace) -> None:
     print(f"{args.pairs} pairs of answers of 32 tokens, {args.repetitions} estimates of each score\n")
     print("| Estimate | variance, levels independent | stratified | paper |\n|---|---|---|---|")
     for name, (changes, paper) in ESTIMATES.items():
-        config = TrainConfig(objective="prefer", start="tales", data="tales", **changes)
+        config = VRPOConfig(start="tales", data="tales", **changes)
         row = [
             fmean(sampled(model, reference, item, config, stratified, args.repetitions).var().item() for item in items)
             for stratified in (False, True)
@@ -134,7 +128,8 @@ def learned(out: Path, name: str, config: dict) -> Path:
     """Train, or finish what was begun, unless that was done before."""
     if not (done := out / f"{name}.json").exists():
         begun = (out / name / "run.json").exists()
-        (*_, last) = train(resume=out / name) if begun else train(TrainConfig(**config, out=str(out / name)))
+        kind = CONFIGS[config.pop("objective", "pretrain")]
+        (*_, last) = train(resume=out / name) if begun else train(kind(**config, out=str(out / name)))
         write_json(done, {"seconds": last.seconds, "bound": last.bound, "steps": last.step})
     print(f"{name}: {json.loads(done.read_text())}", flush=True)
     return out / name

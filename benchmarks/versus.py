@@ -45,8 +45,8 @@ from minillada.text.tasks import TASKS, Example, Task, make_task
 from minillada.text.tokenizer import Tokenizer
 from minillada.train import Ways, learn
 from minillada.training.config import PRESETS, TrainConfig
+from minillada.training.making import make_model
 from minillada.training.optim import choose_precision, evaluation, make_optimizers
-from minillada.training.run import make_model
 from minillada.training.sft import stack
 from minillada.weights.checkpoint import load, save
 

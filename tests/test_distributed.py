@@ -20,7 +20,7 @@ import minillada
 from minillada import BadInput, TrainConfig, train
 from minillada.training import pretraining
 from minillada.training.distributed import agree, check_same, gathered, in_turn, processes, rank, share, together
-from minillada.training.run import make
+from minillada.training.making import make
 
 ROOT = Path(__file__).parents[1]
 QUICK = {"preset": "nano", "steps": 6, "batch_size": 4, "length": 16, "eval_every": 3, "precision": "float32"}

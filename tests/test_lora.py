@@ -10,7 +10,8 @@ from talkers import write_tokenizer
 import minillada
 from minillada import BadInput, SFTConfig, VRPOConfig, train
 from minillada.training.lora import LoRA, adapt, adapters, merged, without_adapters
-from minillada.training.run import Rescue, make
+from minillada.training.making import make
+from minillada.training.run import Rescue
 from minillada.weights.quantize import quantize
 
 TOKENS = torch.arange(12).view(2, 6)

@@ -32,9 +32,9 @@ from minillada.text.ids import validation_batch
 from minillada.train import LearnConfig, Pretraining, Ways, learn, rate
 from minillada.training import optim, pretraining
 from minillada.training.config import PRESETS
+from minillada.training.making import make
 from minillada.training.optim import make_optimizers, restore, snapshot
 from minillada.training.pretraining import TextPretraining
-from minillada.training.run import make
 from minillada.training.runs import load_state, step_of
 
 SCRIPT = Path(__file__).parents[1] / "train_tiny.py"

@@ -11,42 +11,22 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-from torch import Generator, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import BadInput, BadLuck
-from ..model import LLaDA, ModelConfig
-from ..text.corpora import cache_dir, make_tokenizer
-from ..text.ids import Tokens, tokenise
+from ..model import LLaDA
+from ..text.ids import Tokens
 from ..text.tokenizer import Tokenizer
-from ..train import Objective, TrainStep, Ways, learn
-from ..weights.checkpoint import check, expect_tokenizer, load
+from ..train import TrainStep, Ways, learn
 from .balance import Balanced
-from .config import VERSION, RunConfig, SFTConfig, TrainConfig, TunedConfig, VRPOConfig, config_of
-from .distributed import (
-    agree,
-    check_same,
-    check_share,
-    clip_sharded,
-    gathered,
-    in_turn,
-    load_optimizer,
-    mean_loss,
-    processes,
-    rank,
-    spread,
-    together,
-    unsharded,
-)  # fmt: skip
-from .lora import adapt, adapters, merged
-from .optim import choose_precision, make_optimizers, recompute, restore, snapshot, weight_norm
-from .pretraining import TextPretraining
+from .config import VERSION, RunConfig, TrainConfig, config_of
+from .distributed import agree, clip_sharded, gathered, in_turn, mean_loss, processes, rank, together, unsharded
+from .lora import merged
+from .making import Made, finished, make
+from .optim import restore, snapshot, weight_norm
 from .runs import Run, load_state, refuse_occupied, rng_state, set_rng_state
-from .sft import SFT, Items, Taught, dialogue, read_items, teach
-from .vrpo import VRPO, compared
 
 PATIENCE = 3  # times that a training goes back to the same checkpoint
 
@@ -79,127 +59,6 @@ class RunStep(TrainStep):
         } | ({"notices": self.notices} if self.notices else {})  # fmt: skip
 
 
-# ---- what a run is made of
-
-
-class Made(NamedTuple):
-    """Hold what a run learns with: made from its config, or read back from a checkpoint."""
-
-    config: RunConfig  # with the precision that was chosen
-    notices: list[str]  # lines for the user
-    text: Tokens
-    tokenizer: Tokenizer
-    saves: Tokenizer | Taught  # what is saved beside the model
-    base: str | None  # a hash of the model that the run began with, if that is needed to go on
-    objective: Objective
-    model: LLaDA
-    called: nn.Module  # what is called in its place, in training
-    trained: nn.Module  # what changes: the model or its adapters
-    optimizers: list[Optimizer]
-    rng: Generator  # of the noise
-
-    @property
-    def length(self) -> int:
-        """Return the tokens of the longest row."""
-        return self.config.length if isinstance(self.config, TrainConfig) else self.text.longest
-
-
-def make_model(config: TrainConfig, tokenizer: Tokenizer, rng: Generator) -> LLaDA:
-    """Return a new model with random weights."""
-    ids = {"mask_id": tokenizer.mask_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    model = LLaDA(ModelConfig(vocab_size=tokenizer.vocab_size, max_len=config.length, **ids, **config.model))
-    model.init_weights(rng)
-    return model
-
-
-def read_text(config: TrainConfig, newest: Path | None) -> tuple[Tokens, Tokenizer]:
-    """Return the ids of a text and their tokenizer, which is made of the text or read from the newest checkpoint."""
-    fresh = lambda: make_tokenizer(config.tokenizer, config.data)
-    tokenizer = in_turn(lambda: Tokenizer.load(newest) if newest else fresh())
-    return in_turn(lambda: tokenise(config.data, tokenizer, cache_dir() / "tokens", config.length)), tokenizer
-
-
-def read_dialogues(config: TunedConfig, newest: Path | None) -> tuple[Items, Taught, str, str | None]:
-    """Return the lines of a file as ids, the tokenizer with its template, the directory of the model to begin with, and
-    a hash of that model if the run needs it for as long as it lasts: under adapters, or as a reference."""
-    lasts = config.lora > 0 or isinstance(config, VRPOConfig)
-    with together():
-        found = check(newest if newest and not lasts else config.start)
-        base = hashlib.sha256(repr((found.entries, found.hashes)).encode()).hexdigest() if lasts else None
-        expect_tokenizer(found.directory, f"from {config.start}")
-        tokenizer = Tokenizer.load(found.directory, {"mask": found.config.mask_id})
-        taught = Taught(tokenizer, teach(found.directory, tokenizer))
-    turns_of = compared if isinstance(config, VRPOConfig) else dialogue
-    items = in_turn(lambda: read_items(config.data, taught.template, found.config, turns_of))
-    return items, taught, config.start if newest else str(found.directory), base
-
-
-def check_beginning(saved: dict, text: Tokens, base: str | None, config: RunConfig) -> None:
-    """Raise BadInput unless a run goes on with the text and the model that it began with, and is not finished."""
-    if saved["base"] != base:
-        what = f"from: expected the model that this run began with, got another in {config.start}"
-        raise BadInput(f"{what}; put that one there, or begin another run")
-    if saved["text"] != text.fingerprint:
-        what = f"data: expected the text this run began with, got another in {config.data}"
-        raise BadInput(f"{what}; undo its changes, or begin another run")
-    if finished(config, saved["step"], saved["seconds"]):
-        what = f"resume: expected a run that is not finished, got {config.out} after all of its {saved['step']} steps"
-        raise BadInput(f"{what}; begin another run")
-
-
-def begin_model(config: RunConfig, tokenizer: Tokenizer, rng: Generator, newest: Path | None, saved: dict) -> LLaDA:
-    """Return the model as it begins or goes on: a new one, that of `start`, or that with adapters."""
-    if isinstance(config, TunedConfig) and config.lora:
-        model = adapt(load(config.start)[0], config.lora, rng)
-        if saved:
-            adapters(model).load_state_dict(saved["adapters"])
-        return model
-    if newest is None and isinstance(config, TrainConfig):
-        return make_model(config, tokenizer, rng)
-    return load(newest or config.start, "cpu", torch.float32)[0]
-
-
-def begin_objective(config: RunConfig, text: Tokens, c: ModelConfig) -> Objective:
-    """Return what a config asks to learn."""
-    if isinstance(config, TrainConfig):
-        objective = TextPretraining(text, config, c.mask_id)
-        return Balanced(objective, config, config.bias_rate) if c.n_expert else objective
-    if isinstance(config, SFTConfig):
-        objective = SFT(text, config, c)
-    else:
-        frozen = lambda: load(config.start, config.device, torch.float32)[0].requires_grad_(False)
-        objective = VRPO(text, config, c.mask_id, None if config.lora else frozen())
-    return Balanced(objective, config) if c.n_expert else objective
-
-
-def make(config: RunConfig, newest: Path | None = None, saved: dict | None = None) -> Made:
-    """Read the data and make all that a run learns with; or read it back from its newest checkpoint, with the state
-    saved there. Writes nothing but caches. Raises BadInput and BadLuck."""
-    saved, base, rng = saved or {}, None, Generator().manual_seed(config.seed)
-    with together():
-        check_share(config)
-    precision, notices = choose_precision(config)
-    if isinstance(config, TrainConfig):
-        text, saves = read_text(config, newest)
-        config = replace(config, precision=precision)
-    else:
-        text, saves, start, base = read_dialogues(config, newest)
-        config = replace(config, precision=precision, start=start)
-    tokenizer = saves.tokenizer if isinstance(saves, Taught) else saves
-    check_same("data", text.fingerprint)
-    with together():
-        if saved:
-            check_beginning(saved, text, base, config)
-        model = begin_model(config, tokenizer, rng, newest, saved)
-        objective = begin_objective(config, text, model.config)
-    trained = adapters(model) if isinstance(config, TunedConfig) and config.lora else model
-    called = spread(recompute(model) if config.recompute else model, config)
-    optimizers = make_optimizers(model, config)
-    for optimizer, state in zip(optimizers, saved.get("optimizers", ()), strict=False):
-        load_optimizer(optimizer, state)
-    return Made(config, notices, text, tokenizer, saves, base, objective, model, called, trained, optimizers, rng)
-
-
 # ---- saving, and going back
 
 
@@ -220,11 +79,6 @@ def going_on(run: Run, moved: dict) -> tuple[RunConfig, dict]:
             what = f"resume: expected changes of {type(config).__name__}'s fields, got {min(others)!r}"
             raise BadInput(f"{what}; leave it out")
         return replace(config, **moved), saved
-
-
-def finished(config: RunConfig, step: int, seconds: float) -> bool:
-    """Return whether a run has done all its steps, or used up its minutes."""
-    return step == config.steps or (config.minutes is not None and seconds >= 60 * config.minutes)
 
 
 class Rescue:
@@ -311,19 +165,19 @@ def train(
 
 def follow(made: Made, run: Run | None, saved: dict, stop: Callable[[], bool]) -> Iterator[RunStep]:
     """Yield every step of `learn`; validate, go back, log and save between them."""
-    config, objective, first, best = made.config, made.objective, saved.get("step", 0), saved.get("best", (math.inf, 0))
-    notices, rescue = [*made.notices, *(run.notices if run else [])], Rescue(made.trained, made.optimizers)
+    config, objective, start = made.config, made.objective, time.perf_counter()
+    first, seconds, best = saved.get("step", 0), saved.get("seconds", 0.0), saved.get("best", (math.inf, 0))
+    before, notices = seconds, [*made.notices, *(run.notices if run else [])]
+    rescue = Rescue(made.trained, made.optimizers, saved.get("undone", 0))
     if saved:
         set_rng_state(saved["rng"], data=made.rng)
-        rescue.undone = saved["undone"]
-    seconds, began = saved.get("seconds", 0.0), time.perf_counter() - saved.get("seconds", 0.0)
     by_clock = (lambda step: seconds / 60 / config.minutes) if config.minutes else None
-    ways, start = Ways(by_clock, clip_sharded, mean_loss), time.perf_counter()
+    ways = Ways(by_clock, clip_sharded, mean_loss)
     for done in learn(made.called, made.optimizers, objective, config, made.rng, first, ways):
         step, sound = done.step, math.isfinite(done.loss + done.grad_norm)
         if sound and isinstance(objective, Balanced):
             objective.move_biases()
-        seconds, stopped = agree(time.perf_counter() - began, stop())
+        seconds, stopped = agree(before + time.perf_counter() - start, stop())
         last = stopped > 0 or finished(config, step, seconds)
         evaluate, saving = last or step % config.eval_every == 0, last or step % config.checkpoint_every == 0
         if not (sound := sound and (not (evaluate or saving) or math.isfinite(weight_norm(made.model)))):
