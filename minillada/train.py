@@ -59,8 +59,7 @@ class Pretraining:
         self, batches: Callable[[int], Iterator[Tensor]], held: Tensor, mask_id: int, process: Callable = exact_count
     ) -> None:
         """Take batches(start) -> x0 (B,T) for ever, held-out windows (n,T), and one of `diffusion.PROCESSES`."""
-        self.batches, self.held, self.mask_id, self.process = batches, held, mask_id, process
-        self.numbers: dict = {}
+        self.batches, self.held, self.mask_id, self.process, self.numbers = batches, held, mask_id, process, {}
 
     def noise(self, x0: Tensor, rng: Generator) -> tuple[Tensor, Noised]:
         """Return x0 (B,T), one batch in a hundred cut to a random length, and its noise, at a level t for each row."""
@@ -81,9 +80,8 @@ class Pretraining:
     def validate(self, model: nn.Module) -> dict:
         """Return {"bound": the upper bound of -log p of the held-out windows, in nats per token}."""
         x0, noised = self.held_noise()
-        parts = torch.arange(len(x0)).split(32)
-        nats = sum(model_bound(model, x0[rows], Noised(*(x[rows] for x in noised))).sum().item() for rows in parts)
-        return {"bound": nats / x0.numel()}
+        parts = zip(x0.split(32), *(x.split(32) for x in noised), strict=True)
+        return {"bound": sum(model_bound(model, x, Noised(*n)).sum().item() for x, *n in parts) / x0.numel()}
 
 
 def rate(progress: float, config: LearnConfig) -> float:
