@@ -122,10 +122,8 @@ def check_space(directory: Path, size: int) -> None:
 
 # ---- Reading ----
 def confined(directory: Path, name: str) -> Path:
-    """Return the path of the regular file `name` in a directory. Raises BadInput, BadLuck.
-
-    A link may lead to the hub cache's own blobs and nowhere else.
-    """
+    """Return the path of the regular file `name` in a directory. Raises BadInput, BadLuck. A link may lead to the hub
+    cache's own blobs and nowhere else."""
     where = f"{directory.name or directory}/{name!r:.200}"
     if not isinstance(name, str) or name in ("", "..") or PureWindowsPath(name).name != name:
         raise BadInput(f"{where}: expected the plain name of a file in this directory; name it without a path")
@@ -148,8 +146,7 @@ def confined(directory: Path, name: str) -> Path:
 
 def read_json(path: Path, cap: int) -> dict:
     """Return the JSON object in a file of at most cap bytes. Raises BadInput."""
-    size = path.stat().st_size
-    if size > cap:
+    if (size := path.stat().st_size) > cap:
         raise BadInput(f"{path.name}: expected at most {cap:,} bytes, got {size:,}; download it again")
     return parse_json(path.read_bytes(), path.name)
 
@@ -194,13 +191,11 @@ def write_manifest(directory: Path, known: dict[str, dict] | None = None) -> Non
 
 def verify_manifest(directory: Path, sizes_only: str | tuple[str, ...] = ()) -> dict[str, dict]:
     """Compare every file that manifest.json lists with its entry; return the entries. Raises BadInput, BadLuck.
-
-    sizes_only: the endings of files whose SHA-256 the caller compares itself, while it reads them.
-    """
+    sizes_only: the endings of files whose SHA-256 the caller compares itself, while it reads them."""
     files = read_json(confined(directory, MANIFEST), CONFIG_CAP).get("files")
     entries = list(files.values()) if isinstance(files, dict) else [None]
-    if not all(isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} for entry in entries):
-        raise BadInput(f"{MANIFEST}: expected files with bytes and sha256 each; use another checkpoint")
+    holds = all(isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} for entry in entries)
+    expect(holds, MANIFEST, "files with bytes and sha256 each", files, "use another checkpoint")
     for name, entry in files.items():
         path = confined(directory, name)
         compare(name, entry, {"bytes": path.stat().st_size})
@@ -212,9 +207,8 @@ def verify_manifest(directory: Path, sizes_only: str | tuple[str, ...] = ()) -> 
 def compare(name: str, entry: dict, found: dict[str, Any]) -> None:
     """Raise BadInput if what was found out about a file differs from its entry in the manifest."""
     for what, got in found.items():
-        if got != entry[what]:
-            expected = f"{what} {entry[what]!r:.80} as in {MANIFEST}"
-            raise BadInput(f"{name}: expected {expected}, got {got!r}; use another checkpoint")
+        expected = f"{what} {entry[what]!r:.80} as in {MANIFEST}"
+        expect(got == entry[what], name, expected, got, "use another checkpoint")
 
 
 # ---- The checkpoints of a run, in RUN/checkpoints/step-00000500 ----

@@ -111,9 +111,7 @@ class ChatTemplate:
 
     def fit(self, messages: list[Message], room: int) -> tuple[list[Message], list[int]]:
         """Leave out the oldest turns until the messages make at most `room` tokens; return the rest and their ids.
-
-        System messages and the last message stay. Raises BadInput if these alone are too long.
-        """
+        System messages and the last message stay. Raises BadInput if these alone are too long."""
         first = next((i for i, message in enumerate(messages) if message["role"] != "system"), 0)
         while len(ids := self.encode_chat(messages)) > room:
             if len(messages) - first < 3:
@@ -182,8 +180,8 @@ def stop_ids(generation: dict, tokenizer: Tokenizer) -> tuple[int, ...]:
     told = told if isinstance(told, list) else [told]
     for id in told:
         check_whole("eos_token_id in generation_config.json", id, 0)
-    found = [tokenizer.eos_id, *told, *map(tokenizer.inner.token_to_id, TURN_ENDS)]
-    return tuple(dict.fromkeys(id for id in found if id is not None))
+    found = dict.fromkeys([tokenizer.eos_id, *told, *map(tokenizer.inner.token_to_id, TURN_ENDS)])
+    return tuple(id for id in found if id is not None)
 
 
 def protect(tokenizer: Tokenizer, source: str) -> None:

@@ -148,8 +148,7 @@ def documents(source: Source, field: str = "text") -> Iterator[Iterable[str]]:
         got = f"{str(source)!r} ({error.strerror})"
         raise BadLuck(f"data: expected {', '.join(CORPORA)} or a path, got {got}; give one of these") from None
     if stat.S_ISDIR(mode):
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
-        if not found:
+        if not (found := sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())):
             raise BadInput(f"{path}: expected {' or '.join(TEXT_SUFFIXES)} files, got none; give another directory")
         yield from documents(found, field)
     elif not stat.S_ISREG(mode):  # opening a FIFO would block for ever

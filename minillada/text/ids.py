@@ -87,10 +87,8 @@ def digest_of(tokenizer: Tokenizer) -> "hashlib._Hash":
 
 
 def pieces(source: Source, field: str, digest: "hashlib._Hash", cut: int) -> Iterator[tuple[str, str]]:
-    """Yield the text as (part, text), the first `cut` characters for training; "" stands between two documents.
-
-    The text is also added to the digest, with a NUL after each document, since no text holds a NUL.
-    """
+    """Yield the text as (part, text), the first `cut` characters for training; "" stands between two documents. The
+    text is also added to the digest, with a NUL after each document, since no text holds a NUL."""
     for number, document in enumerate(documents(source, field)):
         if number:
             yield "train" if cut > 0 else "val", ""

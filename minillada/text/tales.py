@@ -22,11 +22,9 @@ TALE = "{opening} {treasure} {loss} {meeting} {finding} {ending}"
 GRAMMAR: dict[str, list[str]] = {
     "name|she|her|him|She": [f"{name}|{words}" for words, names in NAMES.items() for name in names.split()],
     "trait": ["kind", "brave", "curious", "shy", "clever", "cheerful", "patient", "stubborn", "dreamy", "gentle"],
-    "place": [
-        "by the river", "on the green hill", "behind the mill", "near the old harbour", "under the great oak",
-        "beside the lighthouse", "in the quiet forest", "at the edge of the village", "above the bakery",
-        "where the road ends",
-    ],
+    "place": ["by the river", "on the green hill", "behind the mill", "near the old harbour", "under the great oak",
+              "beside the lighthouse", "in the quiet forest", "at the edge of the village", "above the bakery",
+              "where the road ends"],
     "colour": ["red", "blue", "green", "yellow", "white", "silver", "purple", "golden", "striped", "spotted"],
     "thing|lost|found": [
         "kite|the string snapped and it sailed out of sight|caught in a pear tree",

@@ -271,10 +271,8 @@ def is_tale(text: str) -> bool:
 
 
 def tales(rng: random.Random, test: bool, _: int) -> Iterator[Example]:
-    """Yield the first sentence of a tale -> the rest. Held out by first sentence.
-
-    Any rest that the grammar can make is right. `tales.entropy_per_character` is the entropy of such a text.
-    """
+    """Yield the first sentence of a tale -> the rest. Held out by first sentence. Any rest that the grammar can make is
+    right. `tales.entropy_per_character` is the entropy of such a text."""
     while True:
         text, _ = tale(rng)
         opening, _, rest = text.partition(". ")
@@ -325,9 +323,7 @@ TASKS: dict[str, Recipe] = {
 
 def make_task(spec: str, n: int, seed: int = 0, n_test: int = 500) -> Task:
     """Make n examples to train on, drawn with repetition, and at most n_test questions, all different. Raises BadInput.
-
-    spec: a name of `TASKS`; `addition:3` has 3 digits, `sums:32` terms, `reverse:8` letters, `facts:240` people.
-    """
+    spec: a name of `TASKS`; `addition:3` has 3 digits, `sums:32` terms, `reverse:8` letters, `facts:240` people."""
     name, colon, parameter = spec.partition(":")
     check_one_of("task", name, TASKS)
     recipe = TASKS[name]
@@ -356,10 +352,8 @@ def json_of(example: Example) -> str:
 
 
 def write_task(task: Task, directory: str | Path) -> dict[str, Path]:
-    """Write a task to three new files, with an example in each line; return their paths by name.
-
-    train.txt is a text to pre-train on; train.jsonl and test.jsonl hold objects. Raises BadInput if one is there.
-    """
+    """Write a task to three new files, with an example in each line; return their paths by name. train.txt is a text to
+    pre-train on; train.jsonl and test.jsonl hold objects. Raises BadInput if one is there."""
     texts = [example.text for example in task.train]
     lines = {"train.txt": texts, "train.jsonl": map(json_of, task.train), "test.jsonl": map(json_of, task.test)}
     paths = {name: Path(directory) / name for name in lines}

@@ -103,9 +103,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path_or_dir: str | Path, special: Mapping[str, int] | None = None) -> "Tokenizer":
         """Read a `tokenizer.json`; `special` gives the ids of roles (mask, eos, bos, pad) whose strings are unknown.
-
-        Raises BadLuck if the file cannot be read, BadInput if it is not a tokenizer of at most 100 MB.
-        """
+        Raises BadLuck if the file cannot be read, BadInput if it is not a tokenizer of at most 100 MB."""
         path = Path(path_or_dir)
         path = path / "tokenizer.json" if path.is_dir() else path
         with one_line(f"{path}: expected a readable file", "check its permissions"):
@@ -174,9 +172,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of the ids; bytes that are not UTF-8 become U+FFFD. Raises BadInput for an unknown id."""
         ids = [int(id) for id in ids]
-        strange = next((id for id in ids if not 0 <= id < self.vocab_size), None)
-        if strange is not None:
-            raise BadInput(f"ids: expected 0 to {self.vocab_size - 1}, got {strange}; use the model's tokenizer")
+        if strange := [id for id in ids if not 0 <= id < self.vocab_size]:
+            raise BadInput(f"ids: expected 0 to {self.vocab_size - 1}, got {strange[0]}; use the model's tokenizer")
         if skip_special:
             ids = [id for id in ids if id not in self.special_ids]
         with no_panic("ids: expected ids this tokenizer can decode", "check tokenizer.json"):

@@ -1,8 +1,7 @@
 """Load, save and check Hugging Face directories: safetensors and JSON, never code or pickle.
 
-A checkpoint is data from a stranger. Its config, its headers and the names and shapes of its tensors are all checked
-before memory is taken or a weight is read. Whatever does not fit exactly is refused in one line: BadInput, or BadLuck
-if the machine is to blame. schemes.py knows the names, headers.py reads the headers, files.py reads and writes files.
+The config, the headers and the names and shapes of the tensors are all checked before memory is taken or a weight is
+read. What does not fit exactly is refused in one line: BadInput, or BadLuck if the machine is to blame.
 """
 
 import hashlib
@@ -60,8 +59,6 @@ class Report:
 
 
 # ---- Loading ----
-
-
 def load(
     path_or_hub_id: str | Path,
     device: str | torch.device = "cpu",
@@ -73,9 +70,8 @@ def load(
     """Return the model, in eval mode, and the tokenizer if there is one.
 
     path_or_hub_id: a directory, a run of ours (its newest whole checkpoint is taken), or a repository on the hub.
-    dtype: None for that of the files. revision: a branch, tag or commit on the hub. progress: show a bar.
-    mask_id: for files that do not tell it. Raises BadInput for a checkpoint that does not fit exactly, BadLuck if a
-    file, the network or memory is missing.
+    dtype: None for that of the files. revision: a branch, tag or commit on the hub. mask_id: for files that do not
+    tell it. Raises BadInput for what does not fit exactly, BadLuck if a file, the network or memory is missing.
     """
     with one_line(f"device: expected one of this machine for {str(device)!r}", "use cpu", faults=Exception):
         device = torch.empty(0, device=device).device
@@ -103,9 +99,7 @@ def check(
     path_or_hub_id: str | Path, deep: bool = False, revision: str | None = None, mask_id: int | None = None
 ) -> Report:
     """Find out what a checkpoint is without reading its weights; if deep, read them once and look for NaN and infinity.
-
-    Raises what `load` would raise, except for too little memory.
-    """
+    Raises what `load` would raise, except for too little memory."""
     directory = locate(path_or_hub_id, revision)
     report = inspect(directory, load_tokenizer(directory), mask_id)
     read = read_tensors(report, report.meta) if deep else []
@@ -114,10 +108,8 @@ def check(
 
 
 def locate(path_or_hub_id: str | Path, revision: str | None = None, progress: bool = False) -> Path:
-    """Return the directory of a checkpoint; what exists here is never looked for on the hub.
-
-    Of a run of ours it is the newest whole checkpoint; a warning names each newer one that is damaged.
-    """
+    """Return the directory of a checkpoint; what exists here is never looked for on the hub. Of a run of ours it is the
+    newest whole checkpoint; a warning names each newer one that is damaged."""
     path = Path(path_or_hub_id)
     if not str(path_or_hub_id) or not os.path.lexists(path):
         return hub.fetch(str(path_or_hub_id), revision, progress)
@@ -174,10 +166,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plan_tensors(model: nn.Module, scheme: Scheme) -> Plan:
-    """Say for each tensor of the files which parameters it is made of.
-
-    In LLaDA2, `…query_key_value.weight` -> [q, k, v]; an expert's tensor -> [its part of the stacked parameter].
-    """
+    """Say for each tensor of the files which parameters it is made of. In LLaDA2, `…query_key_value.weight` -> [q, k,
+    v]; an expert's tensor -> [its part of the stacked parameter]."""
     plan: Plan = {}
     for ours, tensor in weights(model).items():
         name = scheme.name_of(ours)
@@ -236,15 +226,12 @@ def read_tensors(report: Report, model: LLaDA) -> Iterator[tuple[str, Tensor, Te
 
 
 # ---- Saving ----
-
-
 def save(model: LLaDA, directory: str | Path, tokenizer: Tokenizer | None = None, shard_bytes: int = 5 * 10**9) -> None:
     """Write a Hugging Face directory that the official code reads.
 
     The names are LLaDA's; LLaDA-MoE's for a model with experts or QK-norm; LLaDA2's for its router or a shared expert.
-    Fields that their config.json has no key for go into minillada.json. Every file is there whole or not at all; the
-    last one, manifest.json, has the SHA-256 of the others. A directory that already holds a model is refused, and one
-    that cannot be finished is left as it was. Raises BadInput, BadLuck.
+    Fields that their config.json has no key for go into minillada.json; manifest.json, the last file, has the SHA-256
+    of the others. A directory that cannot be finished is left as it was. Raises BadInput if it holds a model, BadLuck.
     """
     directory = Path(directory)
     check_whole("shard_bytes", shard_bytes, 1)
@@ -288,15 +275,12 @@ def make_home(directory: Path, size: int) -> set[Path]:
 
 def group(plan: Plan, shard_bytes: int) -> dict[str, list[str]]:
     """Return the names of the files and the tensors in each: the model's order, a new file above shard_bytes."""
-    shards: list[list[str]] = []
-    filled = math.inf
+    shards, filled = [], math.inf
     for name, parts in plan.items():
         size = sum(part.nbytes for part in parts)
         if filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
+            shards, filled = [*shards, []], 0
         shards[-1].append(name)
         filled += size
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    return dict(zip(names if len(shards) > 1 else [SINGLE], shards, strict=True))

@@ -25,8 +25,7 @@ def pick_device(name: str) -> str:
 
 def check_memory(need: int, device: torch.device) -> None:
     """Raise BadLuck if the device is known to have less than `need` bytes free."""
-    free = free_memory(device)
-    if free is not None and need > free:
+    if (free := free_memory(device)) is not None and need > free:
         what = f"memory on {device}: expected {need / 1e9:.2f} GB free for the weights, got {free / 1e9:.2f} GB"
         raise BadLuck(f"{what}; use a smaller dtype or another device")
 

@@ -12,10 +12,8 @@ from tqdm import tqdm
 from ..errors import BadInput, BadLuck
 
 # The files that a checkpoint is read from. Code and pickles are not downloaded.
-FILES = [
-    "config.json", "generation_config.json", "minillada.json", "*.safetensors", "model.safetensors.index.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-]  # fmt: skip
+FILES = ["config.json", "generation_config.json", "minillada.json", "*.safetensors", "model.safetensors.index.json",
+         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]  # fmt: skip
 
 
 class Quiet(tqdm):
@@ -26,19 +24,15 @@ class Quiet(tqdm):
 
 
 def fetch(repository: str, revision: str | None = None, progress: bool = False) -> Path:
-    """Return the local directory of a repository, in its newest state or at a revision (branch, tag or commit).
-
-    Raises BadInput if there is no such repository, BadLuck if neither the hub nor the cache can give it.
-    """
+    """Return the local directory of a repository, in its newest state or at a revision (branch, tag or commit). Raises
+    BadInput if there is no such repository, BadLuck if neither the hub nor the cache can give it."""
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository):
         raise BadLuck(f"{repository!r}: expected a directory or the id of a model on the hub, got neither; check it")
     from huggingface_hub import errors, snapshot_download
 
+    which = {"revision": revision, "allow_patterns": FILES, "ignore_patterns": "*/*"}
     try:
-        bar = tqdm if progress else Quiet
-        found = snapshot_download(
-            repository, revision=revision, allow_patterns=FILES, ignore_patterns="*/*", tqdm_class=bar
-        )
+        return Path(snapshot_download(repository, tqdm_class=tqdm if progress else Quiet, **which))
     except (errors.GatedRepoError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError) as e:
         reason = {"GatedRepoError": "one to ask access for", "RevisionNotFoundError": f"no revision {revision!r}"}
         got = reason.get(type(e).__name__, "none by that name, here or there")
@@ -47,4 +41,3 @@ def fetch(repository: str, revision: str | None = None, progress: bool = False) 
         got = " ".join(str(e).split()).removeprefix("Got: ")[:200] or type(e).__name__
         what = f"{repository!r}: expected a directory here, or the hub or its cache to give it"
         raise BadLuck(f"{what}, got {got}; check the name and the network") from None
-    return Path(found)

@@ -30,10 +30,8 @@ class Int8(nn.Module):
 
 
 class Int4(nn.Module):
-    """Weights in 4 bits with a scale and a lowest value for each group: w = low + scale * q, q from 0 to 15.
-
-    A byte holds two q. With groups of 64 and 16-bit scales that is 4.5 bits a weight.
-    """
+    """Weights in 4 bits with a scale and a lowest value for each group: w = low + scale * q, q from 0 to 15. A byte
+    holds two q. With groups of 64 and 16-bit scales that is 4.5 bits a weight."""
 
     def __init__(self, group: int) -> None:
         super().__init__()
@@ -52,12 +50,6 @@ class Int4(nn.Module):
         """Compute w (...,in) again."""
         q = torch.cat([packed & 15, packed >> 4], dim=-1)  # (...,in/G,G)
         return torch.addcmul(low, q.to(low.dtype), scale).flatten(-2)
-
-
-def kind_of(bits: str, width: int) -> nn.Module:
-    """Return Int4 in groups of 64, 32 or 16, the largest that divides the width, or Int8 if none does."""
-    group = math.gcd(width, 64)
-    return Int4(group) if bits == "int4" and group >= 16 else Int8()
 
 
 def matrices(model: LLaDA) -> list[tuple[nn.Module, str]]:
@@ -82,7 +74,8 @@ def quantize(model: LLaDA, bits: str, device: str | torch.device | None = None) 
     model.requires_grad_(False)
     for module, name in matrices(model):
         module.to(device)
-        kind = kind_of(bits, getattr(module, name).shape[-1])
+        group = math.gcd(getattr(module, name).shape[-1], 64)  # 64, 32 or 16, or the matrix is stored in 8 bits
+        kind = Int4(group) if bits == "int4" and group >= 16 else Int8()
         parametrize.register_parametrization(module, name, kind, unsafe=True)  # unsafe: no trial run
     return model.to(device)
 

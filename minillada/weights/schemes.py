@@ -55,59 +55,43 @@ def tensors(outer: dict[str, str], layer: str, inner: dict[str, str]) -> dict[st
 
 LLADA = Scheme(  # LLaDA-8B, LLaDA-1.5, iLLaDA: the names of OLMo
     marks=("d_model", "n_heads", "n_layers"),
-    keys={
-        "vocab_size": "vocab_size", "embedding_size": "embedding_size", "n_layer": "n_layers", "n_head": "n_heads",
-        "n_kv_head": "n_kv_heads", "d_model": "d_model", "d_ff": "mlp_hidden_size", "max_len": "max_sequence_length",
-        "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps", "tie_head": "weight_tying",
-        "qkv_bias": "include_qkv_bias", **IDS,
-    },
+    keys={"vocab_size": "vocab_size", "embedding_size": "embedding_size", "n_layer": "n_layers", "n_head": "n_heads",
+          "n_kv_head": "n_kv_heads", "d_model": "d_model", "d_ff": "mlp_hidden_size", "max_len": "max_sequence_length",
+          "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps", "tie_head": "weight_tying",
+          "qkv_bias": "include_qkv_bias", **IDS},
     absent={"n_kv_heads": None, "embedding_size": None},
-    fixed={
-        "activation_type": "silu", "alibi": False, "attention_layer_norm": False, "bias_for_layer_norm": False,
-        "block_group_size": 1, "block_type": "llama", "include_bias": False, "input_emb_norm": False,
-        "layer_norm_type": "rms", "layer_norm_with_affine": True, "multi_query_attention": None, "rope": True,
-        "rope_full_precision": True, "scale_logits": False,
-    },
+    fixed={"activation_type": "silu", "alibi": False, "attention_layer_norm": False, "bias_for_layer_norm": False,
+           "block_group_size": 1, "block_type": "llama", "include_bias": False, "input_emb_norm": False,
+           "layer_norm_type": "rms", "layer_norm_with_affine": True, "multi_query_attention": None, "rope": True,
+           "rope_full_precision": True, "scale_logits": False},
     rare={"clip_qkv": None},
-    ignored={
-        "alibi_bias_max": 8.0, "architectures": ["LLaDAModelLM"], "attention_dropout": 0.0,
-        "attention_layer_norm_with_affine": True, "embedding_dropout": 0.0, "flash_attention": False,
-        "init_cutoff_factor": None, "init_device": "meta", "init_fn": "mitchell", "init_std": 0.02, "mlp_ratio": 4,
-        "model_type": "llada", "precision": "amp_bf16", "residual_dropout": 0.0, "transformers_version": "4.46.3",
-        "use_cache": False,
-    },
-    tensors=tensors(
-        {
-            "embed": "model.transformer.wte", "norm": "model.transformer.ln_f",
-            "head": "model.transformer.ff_out",  # not a feed-forward: the head
-        },
+    ignored={"alibi_bias_max": 8.0, "architectures": ["LLaDAModelLM"], "attention_dropout": 0.0,
+             "attention_layer_norm_with_affine": True, "embedding_dropout": 0.0, "flash_attention": False,
+             "init_cutoff_factor": None, "init_device": "meta", "init_fn": "mitchell", "init_std": 0.02, "mlp_ratio": 4,
+             "model_type": "llada", "precision": "amp_bf16", "residual_dropout": 0.0, "transformers_version": "4.46.3",
+             "use_cache": False},
+    tensors=tensors(  # model.transformer.ff_out is no feed-forward: it is the head
+        {"embed": "model.transformer.wte", "norm": "model.transformer.ln_f", "head": "model.transformer.ff_out"},
         "model.transformer.blocks.{i}.",
-        {
-            "attn_norm": "attn_norm", "attn.q": "q_proj", "attn.k": "k_proj", "attn.v": "v_proj", "attn.o": "attn_out",
-            "ffn_norm": "ff_norm", "ffn.gate": "ff_proj", "ffn.up": "up_proj", "ffn.down": "ff_out",
-        },
+        {"attn_norm": "attn_norm", "attn.q": "q_proj", "attn.k": "k_proj", "attn.v": "v_proj", "attn.o": "attn_out",
+         "ffn_norm": "ff_norm", "ffn.gate": "ff_proj", "ffn.up": "up_proj", "ffn.down": "ff_out"},
     ),
 )  # fmt: skip
 
-HF_KEYS = {
-    "embedding_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads", "d_model": "hidden_size", "max_len": "max_position_embeddings",
-    "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps", "tie_head": "tie_word_embeddings",
-    "eos_id": "eos_token_id", "pad_id": "pad_token_id",
-}  # fmt: skip
+HF_KEYS = {"embedding_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+           "n_kv_head": "num_key_value_heads", "d_model": "hidden_size", "max_len": "max_position_embeddings",
+           "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps", "tie_head": "tie_word_embeddings",
+           "eos_id": "eos_token_id", "pad_id": "pad_token_id"}  # fmt: skip
 HF_TENSORS = tensors(
     {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
     "model.layers.{i}.",
-    {
-        "attn_norm": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
-        "attn.v": "self_attn.v_proj", "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
-        "attn.o": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn.router": "mlp.gate",
-        "ffn.gate": "mlp.gate_proj", "ffn.up": "mlp.up_proj", "ffn.down": "mlp.down_proj",
-    },
+    {"attn_norm": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
+     "attn.v": "self_attn.v_proj", "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
+     "attn.o": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn.router": "mlp.gate",
+     "ffn.gate": "mlp.gate_proj", "ffn.up": "mlp.up_proj", "ffn.down": "mlp.down_proj"},
 ) | {
-    "layers.{i}.ffn.gate": "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",  # here one tensor holds all experts
-    "layers.{i}.ffn.up": "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
-    "layers.{i}.ffn.down": "model.layers.{i}.mlp.experts.{e}.down_proj.weight",
+    f"layers.{{i}}.ffn.{matrix}": f"model.layers.{{i}}.mlp.experts.{{e}}.{matrix}_proj.weight"
+    for matrix in ("gate", "up", "down")  # here one tensor holds all experts
 }  # fmt: skip
 
 LLAMA = Scheme(  # LLaDA-V's language tower
@@ -140,28 +124,21 @@ def partial_rotary(values: dict, found: dict) -> int:
 
 LLADA_MOE = Scheme(  # LLaDA-MoE-7B-A1B
     marks=("hidden_size", "num_experts", "expert_intermediate_size"),
-    keys=HF_KEYS | {
-        "d_ff": "dense_intermediate_size", "qkv_bias": "attention_bias", "qk_norm": "qk_layernorm",
-        "n_expert": "num_experts", "n_expert_active": "num_experts_per_tok", "d_expert": "expert_intermediate_size",
-    },
+    keys=HF_KEYS | {"d_ff": "dense_intermediate_size", "qkv_bias": "attention_bias", "qk_norm": "qk_layernorm",
+                    "n_expert": "num_experts", "n_expert_active": "num_experts_per_tok",
+                    "d_expert": "expert_intermediate_size"},
     spare={"mask_id": "mask_token_id", "d_head": "head_dim"},
     absent={"attention_bias": False, "tie_word_embeddings": False, "partial_rotary_factor": 1},
-    fixed={
-        "clip_qkv": None, "hidden_act": "silu", "moe_router_enable_expert_bias": False,
-        "moe_router_score_function": "softmax", "norm_topk_prob": None, "rope_scaling": None,
-        "routed_scaling_factor": 1, "router_num_group": None, "router_topk_group": None,
-        "shared_expert_intermediate_size": None,
-    },
-    ignored={
-        "architectures": ["LLaDAMoEModelLM"], "attention_dropout": 0.0, "initializer_range": 0.02,
-        "model_type": "llada", "output_router_logits": False, "router_aux_loss_coef": 0.01, "use_cache": False,
-    },
+    fixed={"clip_qkv": None, "hidden_act": "silu", "moe_router_enable_expert_bias": False,
+           "moe_router_score_function": "softmax", "norm_topk_prob": None, "rope_scaling": None,
+           "routed_scaling_factor": 1, "router_num_group": None, "router_topk_group": None,
+           "shared_expert_intermediate_size": None},
+    ignored={"architectures": ["LLaDAMoEModelLM"], "attention_dropout": 0.0, "initializer_range": 0.02,
+             "model_type": "llada", "output_router_logits": False, "router_aux_loss_coef": 0.01, "use_cache": False},
     tensors=HF_TENSORS,
     derive=derive_moe,
-    express={
-        "moe_layer_freq": lambda c: [int(c.n_expert > 0 and i not in c.dense_layers) for i in range(c.n_layer)],
-        "partial_rotary_factor": lambda c: c.rotary_dim / c.d_head,
-    },
+    express={"partial_rotary_factor": lambda c: c.rotary_dim / c.d_head,
+             "moe_layer_freq": lambda c: [int(c.n_expert > 0 and i not in c.dense_layers) for i in range(c.n_layer)]},
 )  # fmt: skip
 
 
@@ -178,53 +155,38 @@ def derive_llada2(values: dict, found: dict) -> dict:
 
 LLADA2 = Scheme(  # LLaDA2.x: fused query, key and value; a router with a bias; an expert that every token visits
     marks=("hidden_size", "num_experts", "moe_intermediate_size"),
-    keys=HF_KEYS | {
-        "d_ff": "intermediate_size", "d_head": "head_dim", "qkv_bias": "use_qkv_bias", "qk_norm": "use_qk_norm",
-        "n_expert": "num_experts", "n_expert_active": "num_experts_per_tok", "d_expert": "moe_intermediate_size",
-        "router_renormalise": "norm_topk_prob", "router_scale": "routed_scaling_factor", "n_expert_group": "n_group",
-        "n_expert_group_active": "topk_group",
-    },
+    keys=HF_KEYS | {"d_ff": "intermediate_size", "d_head": "head_dim", "qkv_bias": "use_qkv_bias",
+                    "qk_norm": "use_qk_norm", "n_expert": "num_experts", "n_expert_active": "num_experts_per_tok",
+                    "d_expert": "moe_intermediate_size", "router_renormalise": "norm_topk_prob",
+                    "router_scale": "routed_scaling_factor", "n_expert_group": "n_group",
+                    "n_expert_group_active": "topk_group"},
     spare={"mask_id": "mask_token_id"},
-    absent={
-        "head_dim": None, "use_qk_norm": True, "use_qkv_bias": False, "tie_word_embeddings": False, "rotary_dim": None,
-    },
-    fixed={
-        "hidden_act": "silu", "norm_head": False, "rope_scaling": None, "router_dtype": "fp32",
-        "score_function": "sigmoid", "use_bias": False,
-    },
-    rare={
-        "moe_router_enable_expert_bias": True, "norm_softmax": False, "use_rmsnorm": True, "use_sliding_window": False,
-        "using_split_qkv_in_self_attention": False,
-    },
-    ignored={
-        "architectures": ["LLaDA2MoeModelLM"], "attention_dropout": 0.0, "embedding_dropout": 0.0,
-        "initializer_range": 0.02, "model_type": "llada2_moe", "output_dropout": 0.0, "use_cache": False,
-    },
+    absent={"head_dim": None, "use_qk_norm": True, "use_qkv_bias": False, "tie_word_embeddings": False,
+            "rotary_dim": None},
+    fixed={"hidden_act": "silu", "norm_head": False, "rope_scaling": None, "router_dtype": "fp32",
+           "score_function": "sigmoid", "use_bias": False},
+    rare={"moe_router_enable_expert_bias": True, "norm_softmax": False, "use_rmsnorm": True,
+          "use_sliding_window": False, "using_split_qkv_in_self_attention": False},
+    ignored={"architectures": ["LLaDA2MoeModelLM"], "attention_dropout": 0.0, "embedding_dropout": 0.0,
+             "initializer_range": 0.02, "model_type": "llada2_moe", "output_dropout": 0.0, "use_cache": False},
     tensors=HF_TENSORS | tensors(
         {"embed": "model.word_embeddings"},
         "model.layers.{i}.",
-        {
-            **dict.fromkeys(("attn.q", "attn.k", "attn.v"), "attention.query_key_value"),  # rows of q, of k, of v
-            "attn.q_norm": "attention.query_layernorm", "attn.k_norm": "attention.key_layernorm",
-            "attn.o": "attention.dense", "ffn.shared.gate": "mlp.shared_experts.gate_proj",
-            "ffn.shared.up": "mlp.shared_experts.up_proj", "ffn.shared.down": "mlp.shared_experts.down_proj",
-        },
+        {**dict.fromkeys(("attn.q", "attn.k", "attn.v"), "attention.query_key_value"),  # rows of q, of k, of v
+         "attn.q_norm": "attention.query_layernorm", "attn.k_norm": "attention.key_layernorm",
+         "attn.o": "attention.dense", "ffn.shared.gate": "mlp.shared_experts.gate_proj",
+         "ffn.shared.up": "mlp.shared_experts.up_proj", "ffn.shared.down": "mlp.shared_experts.down_proj"},
     ) | {"layers.{i}.ffn.router_bias": "model.layers.{i}.mlp.gate.expert_bias"},
     derive=derive_llada2,
-    express={
-        "first_k_dense_replace": lambda c: len(c.dense_layers),
-        "num_shared_experts": lambda c: c.d_shared_expert // max(c.d_expert, 1),
-        "partial_rotary_factor": lambda c: c.rotary_dim / c.d_head,
-        "rotary_dim": lambda c: c.rotary_dim,
-    },
+    express={"first_k_dense_replace": lambda c: len(c.dense_layers), "rotary_dim": lambda c: c.rotary_dim,
+             "num_shared_experts": lambda c: c.d_shared_expert // max(c.d_expert, 1),
+             "partial_rotary_factor": lambda c: c.rotary_dim / c.d_head},
 )  # fmt: skip
 
 SCHEMES = {"LLaDA": LLADA, "LLaDA-MoE": LLADA_MOE, "LLaDA2": LLADA2, "Llama": LLAMA}  # in the order they are tried
 # Keys of any Hugging Face config that say nothing about the model. auto_map names code and is never used.
-COMMON = {
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "max_window_layers", "model_type",
-    "output_router_logits", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
-}  # fmt: skip
+COMMON = {"_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "max_window_layers", "model_type",
+          "output_router_logits", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache"}  # fmt: skip
 KNOWN_IDS = {  # of published models whose config.json lacks them, by rows of the embedding
     126464: {"mask_id": 126336, "eos_id": 126081, "pad_id": 126081},  # LLaDA-8B, LLaDA-1.5, LLaDA-V
     157184: {"mask_id": 156895, "eos_id": 156892, "pad_id": 156892},  # LLaDA-MoE, LLaDA2
@@ -233,10 +195,8 @@ KNOWN_IDS = {  # of published models whose config.json lacks them, by rows of th
 
 
 def read_config(directory: Path, tokenizer: Tokenizer | None, mask_id: int | None) -> tuple[str, ModelConfig]:
-    """Return the scheme's name and the config. Raises BadInput.
-
-    An id that is not in config.json comes from mask_id, from the tokenizer, or from KNOWN_IDS.
-    """
+    """Return the scheme's name and the config. Raises BadInput. An id that is not in config.json comes from mask_id,
+    from the tokenizer, or from KNOWN_IDS."""
     raw = read_json(confined(directory, "config.json"), CONFIG_CAP)
     side = read_json(confined(directory, SIDE), CONFIG_CAP) if os.path.lexists(directory / SIDE) else {}
     scheme = recognise(raw)
@@ -268,10 +228,8 @@ def recognise(raw: dict) -> str:
 
 
 def read_fields(raw: dict, scheme: Scheme, side: dict) -> dict[str, Any]:
-    """Return the fields of ModelConfig in a config.json, each of the right type; ids may still be missing.
-
-    An unknown key is refused unless it is null, because it might change the model. Raises BadInput.
-    """
+    """Return the fields of ModelConfig in a config.json, each of the right type; ids may still be missing. An unknown
+    key is refused unless it is null, because it might change the model. Raises BadInput."""
     keys, fixed = [*scheme.keys.values(), *scheme.express], scheme.fixed | scheme.rare
     known = {*COMMON, *keys, *scheme.spare.values(), *fixed, *scheme.ignored}
     if unknown := [repr(key) for key, value in raw.items() if key not in known and value is not None]:
@@ -284,10 +242,8 @@ def read_fields(raw: dict, scheme: Scheme, side: dict) -> dict[str, Any]:
         raise BadInput(f"config.json: expected the keys of its scheme, got no {listed(absent)}; add them there")
     found = {name: values[key] for name, key in (scheme.keys | scheme.spare).items() if key in values}
     check_types(found, "config.json")
-    found |= scheme.derive(values, found)
     check_types(side, SIDE)
-    found |= side
-    return {"vocab_size": found["embedding_size"]} | found
+    return {"vocab_size": found["embedding_size"]} | found | scheme.derive(values, found) | side
 
 
 def same(value: Any, wanted: Any) -> bool:
