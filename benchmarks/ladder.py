@@ -24,16 +24,18 @@ from pathlib import Path
 
 import torch
 from curves import clock
-from sampling import CONFIG, PROMPT, plain
+from sampling import CONFIG, PROMPT, plain_copy
 from torch import nn
 
 import minillada
 from minillada import Canvas, LLaDA, ModelConfig, SampleConfig, Tokenizer, TrainConfig, log_likelihoods, stream
 from minillada.diffusion import exact_count, model_bound, sample_t
+from minillada.plain import generate
 from minillada.text.corpora import read_text, training_part
 from minillada.text.tasks import make_task
+from minillada.train import rate
 from minillada.training.config import PRESETS
-from minillada.training.optim import make_optimizers, set_rate
+from minillada.training.optim import make_optimizers
 
 DOCS = Path(__file__).parents[1] / "docs"
 RUNGS: dict[str, dict] = {
@@ -72,7 +74,8 @@ def train_sums(directory: Path, minutes: float) -> None:
     optimizers = make_optimizers(model, config)
     start = time.perf_counter()
     while (progress := (time.perf_counter() - start) / 60 / minutes) < 1:
-        set_rate(optimizers, config, progress)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["initial_lr"] * rate(progress, config)
         x0 = rows[torch.randint(len(rows), (8,), generator=rng)]
         noised = exact_count(x0, tokenizer.mask_id, sample_t(8, rng), rng, maskable)
         with torch.autocast("cpu", torch.bfloat16):
@@ -89,9 +92,9 @@ def train_sums(directory: Path, minutes: float) -> None:
 def decode(model: LLaDA, prompt: list[int], options: dict, config: SampleConfig, loop: bool) -> tuple[list, float, int]:
     """The new tokens, seconds, and evaluations of the model."""
     canvas = Canvas.continuation([prompt], config.gen_len, model.config)
-    start = clock()
+    plain, start = plain_copy(model) if loop else None, clock()
     if loop:
-        *_, x = plain(model, canvas.x, config)
+        *_, x = generate(plain, canvas.x, config.block_len, config.steps)
         nfe = config.steps
     else:
         for step in stream(model, canvas, replace(config, **options)):  # noqa: B007

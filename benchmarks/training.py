@@ -1,19 +1,18 @@
-"""Training speed: what `train` does in a step, beside a plain eager float32 step of the same size, in the same run.
+"""Time a training step as a run takes it, beside a step of plain.py of the same size in the same run.
 
-    python benchmarks/training.py --seconds 120 --out training.json    on an otherwise idle machine
+    python benchmarks/training.py --threads 1 --seconds 120 --out training.json
     python benchmarks/training.py --compile --sizes "tiny, 8 × 128"    and ours compiled, which takes minutes
 
 The contestants and a large matrix product in each of their dtypes take turns, a few steps each, until the time is up;
-a figure is the median of its turns. "Share of peak" is the arithmetic of the matrix products that forward and backward
-really do (counted, so what a step saves itself is not credited), over the whole step's time, optimiser included, as a
-share of what the large product reached. What compiling takes is measured apart, over so many steps that all shapes of
-batches have come.
+a figure is the median of its turns, with one thread of the processor's time. "Share of peak" is the arithmetic of the
+matrix products that forward and backward really do (counted, so what a step saves itself is not credited), over the
+whole step's time, optimiser included, as a share of what the large product reached. What compiling takes is measured
+apart, over so many steps that all shapes of batches have come.
 """
 
 import argparse
 import json
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,18 +20,19 @@ from statistics import median
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from curves import clock
+from torch import Generator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minillada.diffusion import PROCESSES, random_length, sample_t
+from minillada import plain
 from minillada.model import LLaDA, ModelConfig
-from minillada.text.ids import Tokens, batches
+from minillada.text.ids import Tokens
+from minillada.train import Ways, learn
 from minillada.training.config import TrainConfig
 from minillada.training.distributed import spread
-from minillada.training.optim import add_gradients, choose_precision, make_optimizers
-from minillada.training.run import update
+from minillada.training.optim import choose_precision, make_optimizers
+from minillada.training.pretraining import TextPretraining
 
 W384 = {"n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1024, "rope_theta": 100.0}
 SIZES: dict[str, tuple[TrainConfig, int]] = {  # and the size of the vocabulary
@@ -46,104 +46,38 @@ MATRIX = 1536  # rows and columns of the product that stands for the machine's p
 Step = Callable[[], object]
 
 
-# ---- ours
-
-
 def ours(config: TrainConfig, vocab_size: int) -> tuple[Step, Step, str, int]:
-    """A step as `train` takes it, its forward and backward alone, the precision it chose, its parameters."""
-    rng = Generator().manual_seed(0)
+    """Return a step as `train` takes it, its forward and backward alone, the precision it chose, its parameters."""
+    rng, config = Generator().manual_seed(0), replace(config, precision=choose_precision(config)[0])
     ids = np.random.default_rng(0).integers(4, vocab_size, 100_000).astype(np.uint16)  # speed is the same for any text
     model = LLaDA(ModelConfig(vocab_size=vocab_size, mask_id=0, max_len=config.length, **config.model))
-    optimizers, stream = make_optimizers(model, config), batches(ids, config.batch_size, config.length, 0)
-    precision, _ = choose_precision(model, 0, Tokens(ids, ids, 1.0, 1.0, ""), config)
     called = spread(model, config)  # compiled, if the config says so
-
-    def noised_batch() -> tuple:
-        x0 = random_length(next(stream), rng)
-        return x0, PROCESSES[config.process](x0, 0, sample_t(len(x0), rng), rng)
-
-    def step() -> None:
-        update(called, optimizers, *noised_batch(), config, precision)
+    objective = TextPretraining(Tokens(ids, ids, 1.0, 1.0, ""), config, mask_id=0)
+    half = Ways(progress=lambda step: 0.5)  # at the full rate, however many steps are taken
+    endless = replace(config, steps=10**9)
+    steps = learn(called, make_optimizers(model, config), objective, endless, rng, ways=half)
+    batches = objective.batches(0)
 
     def passes() -> None:
-        add_gradients(called, *noised_batch(), config, precision)
+        for part in objective.losses(called, next(batches), rng):
+            part.backward()
         model.zero_grad()
 
-    return step, passes, precision, model.n_parameters()
+    return lambda: next(steps), passes, config.precision, model.n_parameters()
 
 
-# ---- the baseline: the same Transformer and LLaDA's guidelines as a textbook has them, and nothing done for speed
-
-
-class PlainBlock(nn.Module):
-    def __init__(self, n_head: int, d_model: int, d_ff: int) -> None:
-        super().__init__()
-        self.n_head = n_head
-        self.norm1, self.norm2 = nn.RMSNorm(d_model), nn.RMSNorm(d_model)
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
-        self.gate, self.up = (nn.Linear(d_model, d_ff, bias=False) for _ in range(2))
-        self.down = nn.Linear(d_ff, d_model, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
-        q, k = (y * cos + torch.cat([-y.chunk(2, -1)[1], y.chunk(2, -1)[0]], dim=-1) * sin for y in (q, k))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        y = self.norm2(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
-
-
-class Plain(nn.Module):
-    """Tokens (B,T) -> logits (B,T,V)."""
-
-    def __init__(
-        self, vocab_size: int, length: int, n_layer: int, n_head: int, d_model: int, d_ff: int, rope_theta: float
-    ) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(vocab_size, d_model), nn.Linear(d_model, vocab_size, bias=False)
-        self.blocks = nn.ModuleList(PlainBlock(n_head, d_model, d_ff) for _ in range(n_layer))
-        self.norm = nn.RMSNorm(d_model)
-        half = torch.arange(0, d_model // n_head, 2) / (d_model // n_head)
-        angles = (torch.arange(length)[:, None] * rope_theta**-half).repeat(1, 2)  # (T,D)
-        self.register_buffer("cos", angles.cos())
-        self.register_buffer("sin", angles.sin())
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x, self.cos, self.sin)
-        return self.head(self.norm(x))
-
-
-def plain(config: TrainConfig, vocab_size: int) -> tuple[Step, Step, str, int]:
-    """The same four of the baseline: float32, every logit, 1/p_mask, AdamW."""
-    model = Plain(vocab_size, config.length, **config.model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    text = torch.randint(4, vocab_size, (100_000,))
+def baseline(config: TrainConfig, vocab_size: int) -> tuple[Step, Step, str, int]:
+    """Return the same four of plain.py: float32, every logit, 1/t, AdamW."""
+    rng, batch = Generator().manual_seed(0), (config.batch_size, config.length)
+    model, text = plain.Plain(vocab_size, mask_id=0, **config.model), torch.randint(4, vocab_size, (100_000,))
+    steps = plain.learn(model, text, batch, config.steps, rng)
 
     def passes() -> None:
-        starts = torch.randint(len(text) - config.length, (config.batch_size,))
-        x0 = torch.stack([text[start : start + config.length] for start in starts])
-        p_mask = (1 - 1e-3) * torch.rand(len(x0), 1).expand_as(x0) + 1e-3
-        masked = torch.rand(x0.shape) < p_mask
-        logits = model(torch.where(masked, 0, x0))
-        nats = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view_as(x0)
-        (nats[masked] / p_mask[masked]).sum().div(x0.numel()).backward()
+        x0 = text[torch.randint(len(text) - config.length, (config.batch_size, 1)) + torch.arange(config.length)]
+        plain.bound(model, x0, 1 - 0.999 * torch.rand(len(x0), generator=rng), rng).backward()
+        model.zero_grad()
 
-    def step() -> None:
-        passes()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def passes_alone() -> None:
-        passes()
-        optimizer.zero_grad()
-
-    return step, passes_alone, "float32", sum(p.numel() for p in model.parameters())
-
-
-# ---- the race
+    return lambda: next(steps), passes, "float32", sum(p.numel() for p in model.parameters())
 
 
 def product(precision: str) -> Step:
@@ -164,32 +98,32 @@ def race(steps: dict[str, Step], seconds: float, turn: float = 0.5) -> dict[str,
     calls, times = {}, {name: [] for name in steps}
     for name, step in steps.items():
         step()  # builds what kernels and optimisers keep
-        start = time.perf_counter()
+        start = clock()
         step()
-        calls[name] = max(1, round(turn / (time.perf_counter() - start)))
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[name]) < 3:
+        calls[name] = max(1, round(turn / (clock() - start)))
+    end = clock() + seconds
+    while clock() < end or len(times[name]) < 3:
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls[name]):
                 step()
-            times[name].append((time.perf_counter() - start) / calls[name])
+            times[name].append((clock() - start) / calls[name])
     return {name: median(found) for name, found in times.items()}
 
 
 def measure(size: str, seconds: float, changes: dict, compile: bool) -> dict[str, dict]:
     config, vocab_size = SIZES[size]
-    config = replace(config, **changes)
+    config = replace(config, steps=10**6, **changes)  # more than are taken
     torch.manual_seed(0)
-    contestants = {"plain": plain(config, vocab_size), "ours": ours(config, vocab_size)}
+    contestants = {"plain": baseline(config, vocab_size), "ours": ours(config, vocab_size)}
     flops = {name: arithmetic(passes) for name, (_, passes, _, _) in contestants.items()}
     if compile:
         contestants["compiled"] = ours(replace(config, compile=True), vocab_size)
         flops["compiled"] = flops["ours"]
-        start = time.perf_counter()
+        start = clock()
         for _ in range(WARM):
             contestants["compiled"][0]()
-        compiling = time.perf_counter() - start
+        compiling = clock() - start
     steps = {name: step for name, (step, *_) in contestants.items()}
     steps |= {f"{name}, passes": passes for name, (_, passes, *_) in contestants.items()}
     steps |= {precision: product(precision) for _, _, precision, _ in contestants.values()}
