@@ -7,8 +7,6 @@ from torch import Tensor
 
 from ..strategies import COMMITS, Ask, Guess, Now, Quota, probability, surest
 
-STEADY = 2  # steps in a row
-
 
 class Klass(Quota):
     """Commit the holes that are both sure and steady; where a row has none, the quota's worth of the surest.
@@ -44,7 +42,7 @@ class Klass(Quota):
 
     def commit(self, now: Now, guess: Guess) -> Tensor:
         steady = torch.zeros_like(now.x).masked_scatter(now.hole, self.steady)  # (R,W)
-        ready = (guess.score > self.tau) & (steady >= STEADY)
+        ready = (guess.score > self.tau) & (steady >= 2)
         return torch.where(ready.any(1, keepdim=True), ready, surest(guess.score, self.due(now)))
 
 

@@ -25,8 +25,8 @@ class Refresh:
     first layer, where a value shows nothing of what changed around it, renews the whole answer. Each layer above renews
     this share of it, rounded up: the places whose new value vector is least like the one held (by cosine).
 
-    Where a token has changed since the last call, all layers renew its place, before any other and even beyond the
-    share. With share=0 they renew nothing else, the first layer included.
+    All layers renew the place of a token that has changed since the last call, before any other and even beyond the
+    share. With share=0 they renew nothing else.
     """
 
     def __init__(
