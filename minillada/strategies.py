@@ -42,7 +42,8 @@ class Whole:
     """LLaDA as a mask predictor: it evaluates the whole canvas. It also serves caches, which ask for part of it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.config, self.device = model, model.config, next(model.parameters()).device
+        self.model, self.config = model, model.config
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def __call__(self, ask: Ask, cache: KVCache | None = None) -> Tensor:
         return self.model(ask.x, ask.attn_mask, ask.positions, ask.where, cache)
