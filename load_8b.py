@@ -8,8 +8,7 @@ from argparse import Namespace
 import torch
 from tqdm import tqdm
 
-from minillada.commands.answers import answer_file
-from minillada.commands.ask import add_questions, files_of, make_talker, parse, question, show
+from minillada.commands.ask import add_questions, answer_file, files_of, make_talker, parse, question, show
 from minillada.commands.chat import chat
 from minillada.commands.cli import Parser, run
 from minillada.errors import BadInput, check_one_of

@@ -2,8 +2,7 @@
 
 from argparse import Namespace
 
-from minillada.commands.answers import answer_file
-from minillada.commands.ask import add_questions, defaults_of, files_of, make_talker, parse, question, show
+from minillada.commands.ask import add_questions, answer_file, defaults_of, files_of, make_talker, parse, question, show
 from minillada.commands.chat import chat
 from minillada.commands.cli import Parser, newest_run, run
 from minillada.sampler import stream

@@ -1,7 +1,7 @@
-"""A model in the browser: `python -m minillada app RUN_OR_ID`. It completes, fills, chats, and shows how.
+"""Open a model in the browser: `python -m minillada app RUN_OR_ID`. It completes, fills, chats, and shows how.
 
-Gradio (extra `app`) draws and queues; what it shows are the steps that everything else here consumes. One request
-computes at a time. Stopping one, or closing its page, ends its generator, and with it the evaluations.
+Gradio (extra `app`) draws and queues. One request computes at a time. Stopping one, or closing its page, ends its
+generator, and with it the evaluations.
 """
 
 import html
@@ -9,13 +9,12 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from functools import partial
 from itertools import zip_longest
 
 from ..errors import BadInput, BadLuck, check_whole
-from ..sampler import SampleConfig, answer_of, stream
-from ..show.terminal import frames, pieces
+from ..sampler import answer_of, stream
+from ..show.terminal import Frame, frames, pieces
 from ..show.trace import Trace
 from ..strategies import SCORES
 from ..text.chat import Message
@@ -23,8 +22,8 @@ from ..text.tokenizer import display
 from ..weights.checkpoint import check, load
 from ..weights.device import pick_device
 from ..weights.hub import fetch
-from .ask import Question, Talker, defaults_of, make_talker, to_fill, to_write
-from .cli import SAMPLING, SWITCHES, Parser, newest_run
+from .ask import Question, Talker, defaults_of, make_talker, question, to_write
+from .cli import SAMPLING, SWITCHES, TYPES, Parser, newest_run
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
 try:
@@ -32,7 +31,6 @@ try:
 except ImportError:
     gr = None
 
-TYPES = {field.name: field.type for field in fields(SampleConfig) if field.name in SAMPLING} | {"seed": int}
 LONGEST = 20_000  # characters of a prompt
 MOST = {"gen_len": 1024, "steps": 4096}  # of one request
 WAITING, PACE = 16, 0.05  # requests in the queue; seconds between two pictures
@@ -43,8 +41,8 @@ CSS = """.canvas, .ask textarea {font-family: var(--font-mono)}
 View = list[tuple[str, str | None]]  # what HighlightedText shows: (text, label)
 
 
-def view(tokens: list[int], held: list[float], new: list[bool], back: list[bool], talker: Talker) -> View:
-    parts = pieces(tokens, held, new, back, talker.tokenizer)
+def view(frame: Frame, talker: Talker) -> View:
+    parts = pieces(*frame, talker.tokenizer)
     return [(text, "new" if is_new else LABELS.get(kind)) for (kind, is_new), text in parts]
 
 
@@ -52,12 +50,11 @@ def options(texts: Sequence[str], switches: Sequence[bool]) -> Namespace:
     """Return the settings as the scripts' parser gives them; what is empty is None. Raises BadInput."""
     args = Namespace(**{name: on or None for name, on in zip(SWITCHES, switches, strict=True)}, seed=0)
     for name, text in zip(TYPES, texts, strict=True):
+        kind, text = TYPES[name], text.strip()
         try:
-            value = TYPES[name](text.strip()) if text.strip() else getattr(args, name, None)
+            value = kind(text) if text else getattr(args, name, None)
         except ValueError:
-            raise BadInput(
-                f"{name}: expected {TYPES[name].__name__}, got {text.strip()!r:.50}; change or clear it"
-            ) from None
+            raise BadInput(f"{name}: expected {kind.__name__}, got {text!r:.50}; change or clear it") from None
         setattr(args, name, value)
         if name in MOST and value is not None:
             check_whole(name, value, 1, MOST[name])
@@ -69,10 +66,9 @@ def start(talker: Talker, task: str, text: str, values: tuple) -> tuple[Question
     if len(text) > LONGEST:
         raise BadInput(f"text: expected at most {LONGEST} characters, got {len(text)}; shorten it")
     args = options(values[: len(TYPES)], values[len(TYPES) :])
-    if task == "fill" or (task == "either" and "[MASK]" in text):
-        return to_fill(args, talker, "fill", text), args.seed
-    prompt = talker.encode(text)
-    return to_write(args, talker, prompt, len(prompt) if talker.instruct else 0), args.seed
+    fill = task == "fill" or (task == "either" and "[MASK]" in text)
+    asked = Namespace(**vars(args), prompt=text, fill=text if fill else None, edit=None)
+    return question(asked, talker), args.seed
 
 
 def denoise(talker: Talker, asked: Question, seed: int) -> Iterator[tuple[View, Trace | None]]:
@@ -82,22 +78,10 @@ def denoise(talker: Talker, asked: Question, seed: int) -> Iterator[tuple[View, 
     for step, frame in frames(steps, start=asked.start):
         kept.append(step)
         if time.monotonic() - shown > PACE:
-            yield view(*frame, talker), None
+            yield view(frame, talker), None
             shown = time.monotonic()
     trace = Trace.record(kept, talker.tokenizer, start=asked.start)
-    yield view(*trace.frame(trace.n_steps), talker), trace
-
-
-def faults_shown(work):
-    """Wrap a generator for Gradio: what the user got wrong becomes its red box, in one line."""
-
-    def guarded(*values):
-        try:
-            yield from work(*values)
-        except (BadInput, BadLuck) as error:
-            raise gr.Error(html.escape(display(str(error))), print_exception=False) from None
-
-    return guarded
+    yield view(trace.frame(trace.n_steps), talker), trace
 
 
 def settings(talker: Talker) -> list:
@@ -105,11 +89,9 @@ def settings(talker: Talker) -> list:
     texts = SAMPLING | {"seed": "same seed, same machine, same tokens"}
     made = []
     for name in TYPES:
-        value = str(talker.defaults.get(name, ""))
-        if name == "remasking":
-            made.append(gr.Dropdown(["", *SCORES], value=value, label=name, info=texts[name]))
-        else:
-            made.append(gr.Textbox(value, label=name, info=texts[name], max_length=100, max_lines=1))
+        look = {"value": str(talker.defaults.get(name, "")), "label": name, "info": texts[name]}
+        choice = name == "remasking"
+        made.append(gr.Dropdown(["", *SCORES], **look) if choice else gr.Textbox(**look, max_length=100, max_lines=1))
     return made + [gr.Checkbox(label=name, info=text) for name, text in SWITCHES.items()]
 
 
@@ -123,16 +105,14 @@ def replay(talker: Talker):
     """Make a screen, a slider through its steps, and the trace that they show."""
     shown, steps = screen("text"), gr.Slider(0, 1, 0, step=1, label="replay: step", interactive=True)
     trace = gr.State(time_to_live=3600)
-    steps.input(
-        lambda trace, n: view(*trace.frame(n), talker) if trace else gr.skip(), [trace, steps], shown,
-        queue=False, show_progress="hidden",
-    )  # fmt: skip
-    return shown, steps, trace
+    move = lambda trace, n: view(trace.frame(n), talker) if trace else gr.skip()
+    steps.input(move, [trace, steps], shown, queue=False, show_progress="hidden")
+    return [shown, steps, trace]
 
 
 def bubbles(messages: list[Message]) -> list[Message]:
     """Return the messages for the chatbot, which takes text for HTML."""
-    return [{"role": m["role"], "content": html.escape(display(m["content"]))} for m in messages]
+    return [{**message, "content": html.escape(display(message["content"]))} for message in messages]
 
 
 def at_end(trace: Trace | None):
@@ -152,8 +132,7 @@ def compare(talker: Talker, text: str, *values):
     last = [(gr.skip(), None)] * 2
     for both in zip_longest(*runs):
         last = [new or old for new, old in zip(both, last, strict=True)]
-        done = [f"{trace.n_steps} evaluations" if trace else "…" for _, trace in last]
-        yield last[0][0], last[1][0], *done
+        yield *(shown for shown, _ in last), *(f"{t.n_steps} evaluations" if t else "…" for _, t in last)
 
 
 def chat(talker: Talker, text: str, messages: list[Message], *values):
@@ -180,9 +159,16 @@ def asking(label: str, hint: str, text: str = ""):
 
 def connect(asked: tuple, work: Callable, inputs: list, outputs: list) -> None:
     """Begin the work at the button or the end of a line, one request at a time, and end it at the other button."""
+
+    def guarded(*values):
+        try:
+            yield from work(*values)
+        except (BadInput, BadLuck) as error:  # becomes a red box
+            raise gr.Error(html.escape(display(str(error))), print_exception=False) from None
+
     box, button, stop = asked
     how = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-    events = [listen(faults_shown(work), [box, *inputs], outputs, **how) for listen in (button.click, box.submit)]
+    events = [listen(guarded, [box, *inputs], outputs, **how) for listen in (button.click, box.submit)]
     stop.click(None, cancels=events)
 
 
@@ -194,18 +180,15 @@ def build(talker: Talker, name: str):
             first = settings(talker)
         with gr.Tab("Complete"):
             asked = asking("prompt", "a text to go on from, or a message to an instruct model")
-            shown, steps, trace = replay(talker)
-            connect(asked, partial(write, talker, "write"), first, [shown, steps, trace])
+            connect(asked, partial(write, talker, "write"), first, replay(talker))
         with gr.Tab("Fill"):
             asked = asking("text", "type [MASK] wherever a token is wanted", "If the[MASK] is not a[MASK]")
-            shown, steps, trace = replay(talker)
-            connect(asked, partial(write, talker, "fill"), first, [shown, steps, trace])
+            connect(asked, partial(write, talker, "fill"), first, replay(talker))
         with gr.Tab("Chat"):
             messages = gr.State([], time_to_live=3600)
             talk = gr.Chatbot(render_markdown=False, label="chat", buttons=[])
             asked = asking("message", "a message; what no longer fits is forgotten, the oldest first")
-            shown, steps, trace = replay(talker)
-            connect(asked, partial(chat, talker), [messages, *first], [messages, talk, asked[0], shown, steps, trace])
+            connect(asked, partial(chat, talker), [messages, *first], [messages, talk, asked[0], *replay(talker)])
             gr.Button("Forget").click(lambda: ([], []), None, [messages, talk])
         with gr.Tab("Compare"):
             asked = asking("text", "a prompt, or a text with [MASK]; the sidebar has the settings of A")
@@ -237,9 +220,8 @@ def main() -> None:
         raise BadLuck("app: expected Gradio, got none; pip install 'minillada[app]'")
     name = args.model or str(newest_run())
     found = check(name if os.path.lexists(name) else fetch(name, None, progress=True))
-    model, tokenizer = load(found.directory, pick_device(args.device))
-    defaults = defaults_of(name, found.directory)
-    talker = make_talker(found.directory, name, model, tokenizer, Namespace(raw=args.raw, chat=False), **defaults)
+    loaded, defaults = load(found.directory, pick_device(args.device)), defaults_of(name, found.directory)
+    talker = make_talker(found.directory, name, *loaded, Namespace(raw=args.raw, chat=False), **defaults)
     launch(build(talker, name), args.host, args.port, (user, password) if args.auth else None)
 
 

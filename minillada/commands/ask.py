@@ -1,14 +1,18 @@
-"""What one can ask a model for in one go: continue a prompt, fill holes, write a span anew. And how it is shown."""
+"""Ask a model, and show its answer: continue a prompt or many, fill holes, write a span anew."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from ..errors import BadInput, BadLuck, check_number, check_whole
 from ..model import LLaDA
-from ..sampler import Canvas, SampleConfig, Step, answer_of
+from ..sampler import Canvas, SampleConfig, Step, answer_of, generate
 from ..show.page import FORMS, check_file, save
 from ..show.terminal import watch
 from ..show.trace import Trace
@@ -20,11 +24,8 @@ from .cli import add_sampling, sample_config
 
 
 def defaults_of(name: str, directory: Path) -> dict:
-    """Return how to draw from a model unless told otherwise, as fields of SampleConfig.
-
-    A run of train_tiny.py is too small to be decoded by its confidence, unless it was taught to answer: then its
-    checkpoints have a template.
-    """
+    """Return how to draw from a model unless told otherwise, as fields of SampleConfig. A run of train_tiny.py is too
+    small to be decoded by its confidence, unless it was taught to answer: then its checkpoints have a template."""
     wild = (Path(name) / "run.json").exists() and not (directory / "chat_template.jinja").exists()
     return {"temperature": 0.7, "remasking": "random"} if wild else {}
 
@@ -67,9 +68,7 @@ def add_questions(parser: argparse.ArgumentParser, required: bool) -> argparse._
     """Add what both scripts can be asked for, and how; return the group of which one is chosen."""
     what = parser.add_mutually_exclusive_group(required=required)
     what.add_argument("--prompt", metavar="TEXT", help="a text to go on from, or a message to an instruct model")
-    what.add_argument(
-        "--fill", metavar="TEXT", help="text with [MASK] wherever a token is wanted; a token brings its own space"
-    )
+    what.add_argument("--fill", metavar="TEXT", help="text with [MASK] for each token wanted; it brings its own space")
     what.add_argument("--edit", metavar="TEXT", help="text with [[a span]] to write anew, in as many tokens")
     what.add_argument("--chat", action="store_true", help="talk over several turns; /reset forgets them, /quit ends")
     what.add_argument("--prompts", type=Path, metavar="FILE", help='many: a text file with one in each line, or .jsonl '
@@ -122,6 +121,19 @@ def read_prompts(path: Path) -> list[str]:
     return texts
 
 
+def answer_file(args: argparse.Namespace, talker: Talker) -> None:
+    """Write a line of JSON for every prompt in order, {"prompt": …, "answer": …}. Finished batches stay written."""
+    texts = read_prompts(args.prompts)
+    prompts = [talker.encode(text, f"{args.prompts}, prompt {i}") for i, text in enumerate(texts, start=1)]
+    config = talker.config(args, max(map(len, prompts)))
+    with open(args.out, "x", encoding="utf-8") if args.out else nullcontext(sys.stdout) as out:
+        for first in tqdm(range(0, len(texts), args.batch_size), unit="batch", disable=None):
+            now = slice(first, first + args.batch_size)
+            answers = generate(talker.model, prompts[now], config, args.seed)
+            for text, new in zip(texts[now], answers, strict=True):
+                print(json.dumps({"prompt": text, "answer": talker.tokenizer.decode(new)}), file=out, flush=True)
+
+
 def files_of(args: argparse.Namespace) -> list[str]:
     """Return the forms in which the steps are to be written to a file."""
     return [form for form in FORMS if getattr(args, form) is not None]
@@ -134,14 +146,9 @@ def make_talker(
     whether it was taught to answer. Raises BadInput without a tokenizer."""
     expect_tokenizer(directory, name)
     template = ChatTemplate.load(directory, tokenizer)
-    instruct = not args.raw and (args.chat or is_instruct(name, template))
-    return Talker(model, tokenizer, template, instruct, defaults)
-
-
-def is_instruct(name: str, template: ChatTemplate) -> bool:
-    """Tell by its name, or by a template of its own; base models may bring one too, without having learned it."""
     last = name.replace("\\", "/").rstrip("/").split("/")[-1].lower()
-    return "instruct" in last or (template.own and "base" not in last)
+    taught = "instruct" in last or (template.own and "base" not in last)  # base models too may bring a template
+    return Talker(model, tokenizer, template, not args.raw and (args.chat or taught), defaults)
 
 
 def question(args: argparse.Namespace, talker: Talker) -> Question:
@@ -155,44 +162,37 @@ def question(args: argparse.Namespace, talker: Talker) -> Question:
 
 def to_write(args: argparse.Namespace, talker: Talker, prompt: list[int], start: int) -> Question:
     """Put holes behind a prompt; show the columns from `start` on. Raises BadInput."""
-    config = talker.config(args, len(prompt))
-    device = next(talker.model.parameters()).device
-    canvas = Canvas.continuation([prompt], config.gen_len, talker.model.config, device)
+    config, model = talker.config(args, len(prompt)), talker.model
+    canvas = Canvas.continuation([prompt], config.gen_len, model.config, next(model.parameters()).device)
     return Question(canvas, config, len(prompt), start)
 
 
 def to_fill(args: argparse.Namespace, talker: Talker, what: str, text: str) -> Question:
     """Make holes of the [MASK]s of a text (what = "fill") or of its [[spans]] ("edit"). Raises BadInput."""
     check_size(what, text)
-    encode, sign = {
-        "fill": (talker.tokenizer.encode_with_masks, "[MASK]"),
-        "edit": (talker.tokenizer.encode_to_edit, "[[span]]"),
-    }[what]
-    row = encode(text)
+    row = talker.tokenizer.encode_with_masks(text) if what == "fill" else talker.tokenizer.encode_to_edit(text)
     holes = [i for i, token in enumerate(row) if token == talker.model.config.mask_id]
     if not holes:
+        sign = "[MASK]" if what == "fill" else "[[span]]"
         raise BadInput(f"{what}: expected at least one {sign} in the text, got none; write it where text is wanted")
     # One window over all the holes, and nothing after an end of text is thrown away: it is the middle of a text.
-    width = holes[-1] + 1 - holes[0]
+    width, model = holes[-1] + 1 - holes[0], talker.model
     whole = {"gen_len": width, "block_len": width, "ban_eos": True, "stop_at_eos": False}
-    config = talker.config(args, len(row) - width, **whole)
-    return Question(Canvas.infill([row], talker.model.config, next(talker.model.parameters()).device), config)
+    canvas = Canvas.infill([row], model.config, next(model.parameters()).device)
+    return Question(canvas, talker.config(args, len(row) - width, **whole))
 
 
 def show(args: argparse.Namespace, talker: Talker, asked: Question, steps: Iterable[Step]) -> list[int]:
-    """Draw the steps as they come, or with --quiet print the result alone; write the files that were asked for.
-
-    Returns the tokens behind the prompt, up to the end of the text.
-    """
+    """Draw the steps as they come, or with --quiet print the result alone; write the files that were asked for. Return
+    the tokens behind the prompt, up to the end of the text."""
     seen: list[Step] = []
     if not args.quiet:
         steps = watch(steps, talker.tokenizer, start=asked.start, pause=args.watch)
     for step in steps:
         seen = [*seen, step] if files_of(args) else [step]
     for form in files_of(args):
-        path = getattr(args, form)
-        save(Trace.record(seen, talker.tokenizer, start=asked.start), form, path)
-        print(f"{form} written to {path}", file=sys.stderr)
+        save(Trace.record(seen, talker.tokenizer, start=asked.start), form, getattr(args, form))
+        print(f"{form} written to {getattr(args, form)}", file=sys.stderr)
     row = seen[-1].x[0].tolist()
     new = answer_of(row[asked.n_prompt :], asked.config, talker.model.config)
     if args.quiet:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 
 from ..errors import BadInput, BadLuck, check_whole
@@ -24,8 +25,8 @@ SAMPLING = {
     "block_len": "tokens of a window; windows are filled from left to right (default: 32)",
     "temperature": "0 takes the most probable token, 1 samples from the model",
     "remasking": "which holes are filled first: low_confidence, random, margin or entropy",
-    "commit": "how many per step: quota, threshold:0.9, factor:1, entropy-bound:0.1, "
-    "klass:0.9,0.01, ancestral, first-hitting",
+    "commit": "how many per step: quota, threshold:0.9, factor:1, entropy-bound:0.1, klass:0.9,0.01, ancestral or "
+    "first-hitting",
     "revise": "take tokens back: remdm-cap:0.008, remdm-rescale:0.015, remdm-conf, random-remask or wino:0.6,0.9; each "
     "has a rule of its own for how many to commit",
     "cfg_scale": "guidance towards the prompt; 0 is off",
@@ -33,10 +34,8 @@ SAMPLING = {
     "top_p": "draw among the most probable tokens that make up this probability",
     "cache": "compute less in each step: prefix, dual or refresh:50,7,0.25; all three are approximations",
 }
-SWITCHES = {
-    "ban_eos": "never write the end-of-text token",
-    "defer_eos": "commit the end-of-text token last",
-}
+SWITCHES = {"ban_eos": "never write the end-of-text token", "defer_eos": "commit the end-of-text token last"}
+TYPES = {field.name: field.type for field in fields(SampleConfig) if field.name in SAMPLING} | {"seed": int}
 
 
 def run(main: Callable[[], None]) -> None:
@@ -47,29 +46,24 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:
-        quiet_pipe()
+    except BrokenPipeError:  # as of `sample.py | head`; the exit flushes stdout, which must go somewhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (BadInput, BadLuck, OSError) as error:
-        fail(str(error) or type(error).__name__)
+        sys.exit(complain(str(error) or type(error).__name__))
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        fail(f"memory: expected enough, got {str(error)[:200]}; use a smaller dtype, length or batch")
+        sys.exit(complain(f"memory: expected enough, got {str(error)[:200]}; use a smaller dtype, length or batch"))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def complain(reason: str) -> None:
-    """Print an error as one line on stderr."""
+def complain(reason: str) -> int:
+    """Print an error as one line on stderr; return the exit code that goes with it."""
     sys.stdout.flush()
     print("error:", " ".join(display(reason).split()), file=sys.stderr)
-
-
-def fail(reason: str) -> None:
-    """Print an error as one line and exit with 2."""
-    complain(reason)
-    sys.exit(2)
+    return 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,9 +80,8 @@ class Parser(argparse.ArgumentParser):
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the options of SampleConfig to a parser."""
     group = parser.add_argument_group("how to decode")
-    types = {field.name: field.type for field in fields(SampleConfig)}
     for name, text in SAMPLING.items():
-        group.add_argument("--" + name.replace("_", "-"), type=types[name], metavar=types[name].__name__, help=text)
+        group.add_argument("--" + name.replace("_", "-"), type=TYPES[name], metavar=TYPES[name].__name__, help=text)
     for name, text in SWITCHES.items():
         group.add_argument("--" + name.replace("_", "-"), action="store_true", default=None, help=text)
     group.add_argument("--seed", type=int, default=0, help="same seed, same machine, same tokens (default: 0)")
@@ -107,35 +100,32 @@ def sample_config(args: argparse.Namespace, model: ModelConfig, prompt_len: int,
     if room < 1:
         raise BadInput(f"prompt: expected fewer than {model.max_len} tokens, got {prompt_len}; shorten it")
     block = chosen.get("block_len", min(32, chosen.get("gen_len", room)))
-    chosen.setdefault("gen_len", max(room // block, 1) * block)
-    chosen.setdefault("block_len", block if chosen["gen_len"] % block == 0 else chosen["gen_len"])
-    chosen.setdefault("steps", chosen["gen_len"])
+    length = chosen.get("gen_len", max(room // block, 1) * block)
     check_whole("seed", args.seed, 0, 2**63 - 1)
-    check_whole("gen_len", chosen["gen_len"], 1, model.max_len - prompt_len, "the model's length leaves no more")
-    return SampleConfig(**chosen)
+    check_whole("gen_len", length, 1, model.max_len - prompt_len, "the model's length leaves no more")
+    fitted = {"gen_len": length, "block_len": length if length % block else block, "steps": length}
+    return SampleConfig(**fitted | chosen)
 
 
 def newest_run() -> Path:
     """Return the run directory under runs/ that was written to last. Raises BadLuck."""
-    found = [path.parent for path in RUNS.glob("*/run.json") if (path.parent / "checkpoints").is_dir()]
+    found = [path for path in RUNS.glob("*/checkpoints") if path.is_dir() and (path.parent / "run.json").exists()]
     if not found:
         raise BadLuck(f"run: expected a run directory under {RUNS}/, got none; train one with train_tiny.py")
-    return max(found, key=lambda path: (path / "checkpoints").stat().st_mtime)
+    return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
 def fresh_run(name: str) -> Path:
     """Return runs/NAME-1, or the first such name that is free."""
-    number = 1
-    while (RUNS / f"{name}-{number}").exists():
-        number += 1
-    return RUNS / f"{name}-{number}"
+    return next(path for n in count(1) if not (path := RUNS / f"{name}-{n}").exists())
 
 
 class Interrupted:
     """A callable that is true after Ctrl-C or SIGTERM; a second Ctrl-C ends the program at once."""
 
+    signal = 0
+
     def __init__(self) -> None:
-        self.signal: int | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note)
 
@@ -144,13 +134,8 @@ class Interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __call__(self) -> bool:
-        return self.signal is not None
+        return bool(self.signal)
 
     def code(self) -> int:
         """Return the exit code: 0, 130 after Ctrl-C or 143 after SIGTERM."""
         return 128 + self.signal if self.signal else 0
-
-
-def quiet_pipe() -> None:
-    """Make `sample.py | head` end without a traceback."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

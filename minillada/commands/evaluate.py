@@ -8,15 +8,7 @@ from pathlib import Path
 
 from ..errors import BadInput, check_one_of, check_whole
 from ..files import write_json
-from ..measure.evaluate import (
-    SCORINGS,
-    answer_length,
-    measure_choices,
-    measure_infilling,
-    measure_task,
-    measure_text,
-    read_choices,
-)  # fmt: skip
+from ..measure import evaluate
 from ..text.corpora import read_text, training_part
 from ..text.tasks import TASKS, make_task
 from ..weights.checkpoint import check, load
@@ -70,13 +62,13 @@ def measure(args: argparse.Namespace, talker: Talker) -> dict:
     model, tokenizer = talker.model, talker.tokenizer
     draws = {"seed": args.seed, "batch_size": args.batch_size}
     if args.file is not None or args.choices is not None:
-        draws["cfg_scale"] = args.cfg_scale or 0.0
-        draws |= {} if args.samples is None else {"n_samples": args.samples}
+        draws |= {"cfg_scale": args.cfg_scale or 0.0} | ({} if args.samples is None else {"n_samples": args.samples})
     if args.file is not None:
         text = text_of(args, args.file)
-        return measure_text(model, tokenizer, text, window=args.window, stride=args.stride, **draws)
+        return evaluate.measure_text(model, tokenizer, text, window=args.window, stride=args.stride, **draws)
     if args.choices is not None:
-        return measure_choices(model, tokenizer, read_choices(args.choices), scoring=args.scoring, **draws)
+        items = evaluate.read_choices(args.choices)
+        return evaluate.measure_choices(model, tokenizer, items, scoring=args.scoring, **draws)
     if args.infill is not None:
         length = min(model.config.max_len, 128) if args.window is None else args.window
         check_whole("window", length, 1, model.config.max_len)
@@ -85,31 +77,27 @@ def measure(args: argparse.Namespace, talker: Talker) -> dict:
         whole = {"gen_len": length, "block_len": length, "ban_eos": True, "stop_at_eos": False}
         config = talker.config(args, 0, **whole)
         tokens = tokenizer.encode(text_of(args, args.infill))
-        return measure_infilling(model, tokens, config, length, args.n, args.hide, **draws)
-    task = make_task(args.task, 0, args.seed, args.n)
+        return evaluate.measure_infilling(model, tokens, config, length, args.n, args.hide, **draws)
+    task, encode = make_task(args.task, 0, args.seed, args.n), talker.encode if talker.instruct else None
     longest = max(len(talker.encode(e.prompt or "\n")) for e in task.test) + 1
-    config = talker.config(args, longest, gen_len=answer_length(tokenizer, task))
-    encode = talker.encode if talker.instruct else None
-    result, records = measure_task(model, tokenizer, task, config, encode, **draws)
+    config = talker.config(args, longest, gen_len=evaluate.answer_length(tokenizer, task))
+    result, records = evaluate.measure_task(model, tokenizer, task, config, encode, **draws)
     return {**result, "sampler": asdict(config), "answers": records}
 
 
 def main() -> None:
     """Read the options, load the model, measure, and print the result as JSON."""
     args = options().parse_args()
-    check_whole("batch_size", args.batch_size, 1)
-    check_whole("n", args.n, 1)
+    for name in ("batch_size", "n") if args.limit is None else ("batch_size", "n", "limit"):
+        check_whole(name, getattr(args, name), 1)
     check_whole("seed", args.seed, 0, 2**63 - 1)
-    if args.limit is not None:
-        check_whole("limit", args.limit, 1)
-    check_one_of("scoring", args.scoring, SCORINGS)
+    check_one_of("scoring", args.scoring, evaluate.SCORINGS)
     if args.out is not None and args.out.exists():
         raise BadInput(f"out: expected a new file, got {args.out}, which exists; give another")
     device = pick_device(args.device)
     name = args.run or str(newest_run())
-    found = check(name)
-    model, tokenizer = load(found.directory, device)
-    talker = make_talker(found.directory, name, model, tokenizer, args)
+    directory = check(name).directory
+    talker = make_talker(directory, name, *load(directory, device), args)
     begin = time.perf_counter()
     result = {"model": name, "what": args.file or args.infill or str(args.choices or args.task)}
     result |= measure(args, talker) | {"seed": args.seed, "seconds": round(time.perf_counter() - begin, 2)}
