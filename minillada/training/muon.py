@@ -1,0 +1,54 @@
+"""Muon (arXiv:2502.16982, with the scale of its first publication): every update of a matrix is made orthogonal.
+
+The arithmetic is that of `torch.optim.Muon`. Matrices of one shape go through their products together, and the products
+are in bfloat16 only where the device has instructions for it: elsewhere bfloat16 is emulated and many times slower.
+Shapes: N matrices of one shape, (N,rows,columns).
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+A, B, C = 3.4445, -4.7750, 2.0315  # of the polynomial that pulls singular values towards 1
+
+
+def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x (N,rows,columns) with its singular values near 1, by five Newton-Schulz iterations in this dtype."""
+    wide = x.shape[1] <= x.shape[2]
+    y = (x if wide else x.mT).to(dtype, copy=True)
+    y /= y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), y, beta=A)
+    return y if wide else y.mT
+
+
+class Muon(Optimizer):
+    """Step along the orthogonal matrix nearest to the gradient's momentum (Nesterov's, 0.95)."""
+
+    def __init__(self, params: list[dict], lr: float, weight_decay: float, dtype: torch.dtype) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in alike.items():
+                updates = orthogonal(torch.stack([self.momentum(p) for p in params]), self.dtype)
+                for p, update in zip(params, updates, strict=True):
+                    if isinstance(p, DTensor):  # sharded: every process has the whole update and takes its part
+                        update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def momentum(self, p: Tensor) -> Tensor:
+        """Add the gradient to the momentum of a matrix, and return where both lead to, put together if sharded."""
+        buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+        buffer.lerp_(p.grad, 0.05)
+        ahead = p.grad.lerp(buffer, 0.95)
+        return ahead.full_tensor() if isinstance(ahead, DTensor) else ahead

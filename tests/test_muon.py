@@ -1,0 +1,41 @@
+"""Our Muon is PyTorch's, in the dtype that the device is quick in."""
+
+import pytest
+import torch
+
+from minillada.training.muon import Muon
+
+SHAPES = [(8, 8), (8, 8), (24, 8), (8, 24)]
+
+
+def stepped(make, steps=4):
+    """The matrices after some steps with random gradients."""
+    rng = torch.Generator().manual_seed(0)
+    matrices = [torch.nn.Parameter(torch.randn(shape, generator=rng)) for shape in SHAPES]
+    optimizer = make([{"params": matrices}])
+    for _ in range(steps):
+        for p in matrices:
+            p.grad = torch.randn(p.shape, generator=rng)
+        optimizer.step()
+    return [p.detach() for p in matrices]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 1e-6), (torch.float32, 2e-3)])
+def test_it_steps_as_pytorchs_does(dtype, error):
+    theirs = stepped(lambda groups: torch.optim.Muon(groups, lr=0.02, weight_decay=0.1))
+    ours = stepped(lambda groups: Muon(groups, 0.02, 0.1, dtype))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=error)
+
+
+def test_an_update_has_singular_values_near_one():
+    before, after = (stepped(lambda groups: Muon(groups, 1.0, 0.0, torch.float32), steps) for steps in (0, 1))
+    for p, q, (rows, columns) in zip(before, after, SHAPES, strict=True):
+        values = torch.linalg.svdvals((p - q) / max(1, rows / columns) ** 0.5)
+        assert 0.3 < values.min() and values.max() < 1.3
+
+
+def test_a_matrix_without_gradient_stays_as_it_is():
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    Muon([{"params": [p]}], 1.0, 0.1, torch.float32).step()
+    assert torch.equal(p, torch.ones(2, 2))
