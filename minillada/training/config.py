@@ -6,7 +6,7 @@ learning from preferences. A field left at None gets its value from the preset o
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,49 +15,53 @@ from ..errors import TINY, BadInput, check_number, check_one_of, check_whole
 from ..train import LearnConfig
 
 # `model` are fields of ModelConfig, `train` of TrainConfig; the published models have no recipe for one machine.
-PRESETS: dict[str, dict[str, dict]] = {
-    "nano": {  # seconds on two cores
-        "model": {"n_layer": 2, "n_head": 2, "d_model": 64, "d_ff": 176, "rope_theta": 100.0},
-        "train": {"steps": 300, "batch_size": 8, "length": 64, "tokenizer": "bpe:512"},
-    },
-    "tiny": {  # three minutes on two cores
-        "model": {"n_layer": 4, "n_head": 2, "d_model": 128, "d_ff": 352, "rope_theta": 100.0},
-        "train": {"steps": 2000, "batch_size": 8, "length": 128, "tokenizer": "bpe:4096"},
-    },
-    "tiny-moe": {  # as many active parameters as `tiny`
-        "model": {"n_layer": 4, "n_head": 2, "d_model": 128, "d_ff": 352, "rope_theta": 100.0}
-        | {"n_expert": 8, "n_expert_active": 2, "d_expert": 176},
-        "train": {"steps": 2000, "batch_size": 8, "length": 128, "tokenizer": "bpe:4096"},
-    },
-    "small": {  # an hour on a laptop's GPU
-        "model": {"n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1024, "rope_theta": 100.0},
-        "train": {"steps": 10_000, "batch_size": 64, "length": 256, "tokenizer": "bpe:2048"},
-    },
+SMALL = {"rope_theta": 100.0}
+MOE = {"n_expert": 8, "n_expert_active": 2, "d_expert": 176}  # with as many active parameters as `tiny`
+PRESETS: dict[str, dict[str, dict]] = {  # seconds, three minutes, and that on two cores; an hour on a laptop's GPU
+    "nano": {"model": {"n_layer": 2, "n_head": 2, "d_model": 64, "d_ff": 176, **SMALL},
+             "train": {"steps": 300, "batch_size": 8, "length": 64, "tokenizer": "bpe:512"}},
+    "tiny": {"model": {"n_layer": 4, "n_head": 2, "d_model": 128, "d_ff": 352, **SMALL},
+             "train": {"steps": 2000, "batch_size": 8, "length": 128, "tokenizer": "bpe:4096"}},
+    "tiny-moe": {"model": {"n_layer": 4, "n_head": 2, "d_model": 128, "d_ff": 352, **SMALL, **MOE},
+                 "train": {"steps": 2000, "batch_size": 8, "length": 128, "tokenizer": "bpe:4096"}},
+    "small": {"model": {"n_layer": 6, "n_head": 6, "d_model": 384, "d_ff": 1024, **SMALL},
+              "train": {"steps": 10_000, "batch_size": 64, "length": 256, "tokenizer": "bpe:2048"}},
     # LLaDA, arXiv:2502.09992, table 5
     "llada-1b": {"model": {"n_layer": 22, "n_head": 32, "n_kv_head": 4, "d_model": 2048, "d_ff": 5634}},
     "llada-8b": {"model": {"n_layer": 32, "n_head": 32, "d_model": 4096, "d_ff": 12288}},
-    "llada-moe-7b-a1b": {
-        "model": {"n_layer": 16, "n_head": 16, "d_model": 2048, "d_ff": 8192, "rope_theta": 50_000.0, "qk_norm": True}
-        | {"max_len": 8192, "n_expert": 64, "n_expert_active": 8, "d_expert": 1024},
-    },
-}
+    "llada-moe-7b-a1b": {"model": {"n_layer": 16, "n_head": 16, "d_model": 2048, "d_ff": 8192, "rope_theta": 50_000.0,
+                                   "qk_norm": True, "max_len": 8192, "n_expert": 64, "n_expert_active": 8,
+                                   "d_expert": 1024}},
+}  # fmt: skip
 
 # The published models' ids, for building one of that shape without its tokenizer.
-IDS: dict[str, dict[str, int]] = {
-    "llada-1b": {"vocab_size": 126464, "mask_id": 126336, "eos_id": 126081, "pad_id": 126081},
-    "llada-8b": {"vocab_size": 126464, "mask_id": 126336, "eos_id": 126081, "pad_id": 126081},
-    "llada-moe-7b-a1b": {"vocab_size": 157184, "mask_id": 156895, "eos_id": 156892, "pad_id": 156892},
-}
+LLADA = {"vocab_size": 126464, "mask_id": 126336, "eos_id": 126081, "pad_id": 126081}
+IDS: dict[str, dict[str, int]] = {"llada-1b": LLADA, "llada-8b": LLADA}
+IDS["llada-moe-7b-a1b"] = {"vocab_size": 157184, "mask_id": 156895, "eos_id": 156892, "pad_id": 156892}
 
 VERSION = 2  # of run.json and of the state beside a checkpoint's model
+
+# What the fields of configs may be: a check, the fields that it is for, and its limits.
+CHECKS = (
+    (check_whole, ("batch_size", "eval_every", "checkpoint_every", "accumulate", "length", "samples", "masks"), (1,)),
+    (check_whole, ("keep", "lora"), (0,)),
+    (check_whole, ("seed",), (0, 2**63 - 1)),
+    (check_number, ("balance", "z_loss", "bias_rate", "sft_share"), (0,)),
+    (check_number, ("lr", "adam_lr", "clip", "beta"), (TINY,)),
+    (check_number, ("warmup", "decay", "weight_decay"), (0, 1)),
+    (check_one_of, ("optimizer",), (("muon", "adamw"),)),
+    (check_one_of, ("process",), (PROCESSES,)),
+    (check_one_of, ("precision",), (("auto", "float32", "bfloat16"),)),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(LearnConfig):
-    """Hold what every run has, whatever its objective."""
+    """Hold what every run has, whatever its objective. Raises BadInput for a value that a field cannot have."""
 
     objective: ClassVar[str]  # its name in run.json
     held_out: ClassVar[str] = "bound"  # the figure of held-out data that training lowers, by its name in the log
+    recipe: ClassVar[Callable[["RunConfig"], dict]]  # a method that returns values for fields that are None
 
     minutes: float | None = None  # instead of steps: then the result depends on the machine's speed
     batch_size: int | None = None
@@ -81,40 +85,23 @@ class RunConfig(LearnConfig):
     shard: bool = False  # weights, gradients and optimisers over all processes, with more than one
 
     def __post_init__(self) -> None:
-        """Check every field. Raises BadInput."""
-        for name in ("batch_size", "eval_every", "checkpoint_every", "accumulate"):
-            check_whole(name, getattr(self, name), 1)
-        check_whole("keep", self.keep, 0)
-        check_whole("seed", self.seed, 0, 2**63 - 1)
+        recipe = self.recipe()
+        evaluate = self.eval_every if self.eval_every is not None else max(1, (self.steps or recipe["steps"]) // 8)
+        for name, value in {**recipe, "eval_every": evaluate, "checkpoint_every": evaluate}.items():
+            if getattr(self, name) is None and not (name == "steps" and self.minutes is not None):
+                object.__setattr__(self, name, value)
         if self.minutes is None or self.steps is not None:
             check_whole("steps", self.steps, 1)
         if self.minutes is not None:
             check_number("minutes", self.minutes, TINY)
-        for name in ("balance", "z_loss"):
-            check_number(name, getattr(self, name), 0)
-        for name in ("lr", "adam_lr", "clip"):
-            check_number(name, getattr(self, name), TINY)
-        for name in ("warmup", "decay", "weight_decay"):
-            check_number(name, getattr(self, name), 0, 1)
-        check_one_of("optimizer", self.optimizer, ("muon", "adamw"))
-        check_one_of("process", self.process, PROCESSES)
-        check_one_of("precision", self.precision, ("auto", "float32", "bfloat16"))
+        for check, names, limits in CHECKS:
+            for name in (name for name in names if hasattr(self, name)):
+                check(name, getattr(self, name), *limits)
 
-    def fill(self, defaults: Mapping[str, object]) -> None:
-        """Give fields that are None their value; `steps` of the defaults is not for a run counted in minutes."""
-        evaluate = max(1, (self.steps or defaults["steps"]) // 8)
-        evaluate = self.eval_every if self.eval_every is not None else evaluate
-        for name, value in {**defaults, "eval_every": evaluate, "checkpoint_every": evaluate}.items():
-            if getattr(self, name) is None and not (name == "steps" and self.minutes is not None):
-                object.__setattr__(self, name, value)
-
-    def units(self, nats: float) -> str:
-        """Say what a held-out figure means."""
+    def units(self, nats: float, characters_per_token: float = 1.0) -> str:
+        """Say what a held-out figure means, or a training loss, which is in nats per token."""
+        nats /= characters_per_token
         return f"<= {nats:.3f} nats/char, {nats / math.log(2):.3f} bits/char"
-
-    def loss_units(self, loss: float, characters_per_token: float) -> str:
-        """Say what a training loss means: like a held-out figure, if it is in nats per token."""
-        return self.units(loss / characters_per_token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,16 +117,15 @@ class TrainConfig(RunConfig):
     length: int | None = None  # tokens of context
     bias_rate: float = 0.0  # what a sigmoid router's biases move by in each step; then leave balance out
 
-    def __post_init__(self) -> None:
-        """Fill in what the preset says, and check every field. Raises BadInput."""
+    def recipe(self) -> dict:
         check_one_of("preset", self.preset, [name for name in PRESETS if "train" in PRESETS[name]])
         preset = PRESETS[self.preset]
-        self.fill({"optimizer": "muon", "lr": 0.01, "adam_lr": 0.003, "model": preset["model"], **preset["train"]})
+        return {"optimizer": "muon", "lr": 0.01, "adam_lr": 0.003, "model": preset["model"], **preset["train"]}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.data, str):
             object.__setattr__(self, "data", tuple(map(str, self.data)))
-        super().__post_init__()
-        check_whole("length", self.length, 1)
-        check_number("bias_rate", self.bias_rate, 0)
         if self.bias_rate and self.model.get("router") != "sigmoid":
             what = "bias_rate: expected 0 without a sigmoid router, whose biases it moves"
             raise BadInput(f"{what}, got {self.bias_rate}; use balance")
@@ -147,24 +133,26 @@ class TrainConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TunedConfig(RunConfig):
-    """Hold what is common to runs that go on from a trained model, with its tokenizer."""
+    """Hold what is common to runs that go on from a trained model, with its tokenizer.
+
+    The rates are for tiny models: LLaDA's own are 2.5e-5 for SFT and, in LLaDA 1.5, 5e-7 for VRPO.
+    """
+
+    defaults: ClassVar[dict]  # the recipe without lora
 
     data: str  # one JSONL file
     start: str  # the run or model directory to begin with
     lora: int = 0  # rank of adapters that are trained in place of the weights; 0: none
 
+    def recipe(self) -> dict:
+        return self.defaults | ({"optimizer": "adamw", "lr": 0.001} if self.lora else {})
+
     def __post_init__(self) -> None:
-        """Check every field. Raises BadInput."""
         super().__post_init__()
-        check_whole("lora", self.lora, 0)
         if not isinstance(self.data, str):
             raise BadInput(f"data: expected one JSONL file, got {self.data!r}; give the path of one")
         if self.shard and self.lora:
             raise BadInput("shard: expected False with adapters, got True; leave out shard or lora")
-
-
-# The rates are for tiny models: LLaDA's own are 2.5e-5 for SFT and, in LLaDA 1.5, 5e-7 for VRPO.
-ADAPTERS = {"optimizer": "adamw", "lr": 0.001}  # with lora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,14 +160,9 @@ class SFTConfig(TunedConfig):
     """Hold a run of supervised fine-tuning: dialogues whose answers are learned."""
 
     objective: ClassVar[str] = "sft"
+    defaults: ClassVar[dict] = {"optimizer": "muon", "lr": 0.003, "adam_lr": 0.001, "steps": 1000, "batch_size": 32}
 
     eos_padding: bool = True  # ends of text that fill a row up are part of the answer
-
-    def __post_init__(self) -> None:
-        """Fill in SFT's recipe, and check every field. Raises BadInput."""
-        recipe = {"optimizer": "muon", "lr": 0.003, "adam_lr": 0.001, "steps": 1000, "batch_size": 32}
-        self.fill({**recipe, **(ADAPTERS if self.lora else {})})
-        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +171,7 @@ class VRPOConfig(TunedConfig):
 
     objective: ClassVar[str] = "prefer"
     held_out: ClassVar[str] = "preference_loss"
+    defaults: ClassVar[dict] = {"optimizer": "muon", "lr": 0.0003, "adam_lr": 0.0001, "steps": 200, "batch_size": 8}
 
     samples: int = 8  # masking levels for each bound
     masks: int = 1  # masks at each level
@@ -196,23 +180,12 @@ class VRPOConfig(TunedConfig):
     sft_share: float = 0.05  # of SFT's loss on the chosen answers
 
     def __post_init__(self) -> None:
-        """Fill in VRPO's recipe, and check every field. Raises BadInput."""
-        recipe = {"optimizer": "muon", "lr": 0.0003, "adam_lr": 0.0001, "steps": 200, "batch_size": 8}
-        self.fill({**recipe, **(ADAPTERS if self.lora else {})})
         super().__post_init__()
-        check_whole("samples", self.samples, 1)
-        check_whole("masks", self.masks, 1)
-        check_number("beta", self.beta, TINY)
-        check_number("sft_share", self.sft_share, 0)
         if self.shard:
             raise BadInput("shard: expected False with a reference, which is whole, got True; leave out shard")
 
-    def units(self, loss: float) -> str:
-        """Say what a held-out figure means."""
-        return f"preference loss {loss:.4f}"
-
-    def loss_units(self, loss: float, characters_per_token: float) -> str:
-        """Say what a training loss means: the preference loss with SFT's share."""
+    def units(self, loss: float, characters_per_token: float = 1.0) -> str:
+        """Say what a held-out figure means, or a training loss, which includes SFT's share."""
         return f"loss {loss:.4f}"
 
 
@@ -221,12 +194,13 @@ CONFIGS: dict[str, type[RunConfig]] = {kind.objective: kind for kind in (TrainCo
 
 def config_of(document: dict) -> RunConfig:
     """Return the config that run.json holds. Raises BadInput for a file of another version, or a faulty one."""
-    fields = {name: value for name, value in document.items() if name not in ("version", "objective")}
-    if document.get("version") != VERSION or document.get("objective") not in CONFIGS:
+    version, objective, fields = document.get("version"), document.get("objective"), dict(document)
+    if version != VERSION or objective not in CONFIGS:
         what = f"run.json: expected version {VERSION} and an objective of {', '.join(CONFIGS)}"
-        found = f"version {document.get('version')!r} and {document.get('objective')!r}"
-        raise BadInput(f"{what}, got {found}; resume with the minillada that began the run, or begin another run")
-    kind = CONFIGS[document["objective"]]
+        fix = "resume with the minillada that began the run, or begin another run"
+        raise BadInput(f"{what}, got version {version!r} and {objective!r}; {fix}")
+    kind = CONFIGS[objective]
+    del fields["version"], fields["objective"]
     if others := fields.keys() ^ {field.name for field in dataclasses.fields(kind)}:
         what = f"run.json: expected the fields of {kind.__name__}"
         raise BadInput(f"{what}, got one more or less, {min(others)!r}; begin another run")

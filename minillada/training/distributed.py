@@ -1,15 +1,15 @@
 """Spread a training over several processes, started by `torchrun --standalone --nproc_per_node=N train_tiny.py …`.
 
 Every process draws the same batch and the same noise and takes its own rows of them; gradients are averaged (DDP), or
-averaged and sharded together with the weights and the optimisers' state (FSDP2). So the number of processes changes
-how fast a run is and not what it computes, but for rounding. The process of rank 0 alone writes and prints.
-
-Without torchrun there is one process, and nothing here does anything. Processes agree through small tensors on the CPU.
+averaged and sharded with the weights and the optimisers' state (FSDP2). So the number of processes changes how fast a
+run is and not what it computes, but for rounding. Rank 0 alone writes and prints. Processes agree through small tensors
+on the CPU. Without torchrun there is one process, and nothing here does anything.
 """
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from ..errors import BadInput, BadLuck
 from ..model import LLaDA
 from .config import RunConfig
+from .lora import model_of
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ def processes() -> Iterator[None]:
 
 
 def reduce(tensor: Tensor, how: dist.ReduceOp.RedOpType = dist.ReduceOp.MAX) -> Tensor:
-    """Replace every element, in place, by its largest value (or the sum, …) over all processes; return the tensor."""
+    """Replace every element, in place, by its largest value (or the sum) over all processes; return the tensor."""
     if world_size() > 1:
         dist.all_reduce(tensor, how)
     return tensor
@@ -74,10 +75,8 @@ def agree(*values: float) -> list[float]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """End every process if one fails inside: the first that failed raises its error, the others exit with code 2.
-
-    What is inside must not wait for another process.
-    """
+    """End every process if one fails inside, which must not wait for another: the first that failed raises its error,
+    the others exit with code 2."""
     failure = None
     try:
         yield
@@ -114,22 +113,16 @@ def check_share(config: RunConfig) -> None:
 
 
 def share(n: int, parts: int = 1) -> list[Tensor]:
-    """Return which of n rows this process computes, in `parts` of equal size.
-
-    Rows are dealt out one by one, because masking levels fall with the row and every part should have high and low
-    ones. If they do not come out even, some rows are dealt twice.
-
-    8 rows in 2 parts, in process 0 of 2 -> [0, 4], [2, 6].
-    """
+    """Return which of n rows this process computes, in `parts` of equal size; some twice, if they do not come out even.
+    Masking levels fall with the row, and every part should have high and low ones: so rows are dealt one by one.
+    8 rows in 2 parts, in process 0 of 2 -> [0, 4], [2, 6]."""
     size = world_size() * parts
     return [torch.arange(rank() + i * world_size(), -(-n // size) * size, size) % n for i in range(parts)]
 
 
 def shares(model: nn.Module, n: int, parts: int) -> Iterator[Tensor]:
-    """Yield the rows of each part of `share`. Processes exchange gradients (DDP) only in the backward pass of the last.
-
-    Sharded gradients (FSDP) are exchanged every time: until then every process would have to hold all of them.
-    """
+    """Yield the rows of each part of `share`. Processes exchange gradients (DDP) only in the backward pass of the last;
+    sharded ones (FSDP) every time, or every process would have to hold all of them until then."""
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     for number, rows in enumerate(share(n, parts), 1):
         if isinstance(model, DistributedDataParallel):
@@ -138,18 +131,15 @@ def shares(model: nn.Module, n: int, parts: int) -> Iterator[Tensor]:
 
 
 def spread(model: LLaDA, config: RunConfig) -> nn.Module:
-    """Move a model from the CPU to its device, and return what to call in its place in training.
-
-    With config.shard the model itself is sharded, in place and layer by layer: it may be too large for one device.
-    """
-    called: nn.Module = model
-    if world_size() > 1 and config.shard:
-        for layer in model.layers:
-            fully_shard(layer)
-        fully_shard(model)
+    """Move a model from the CPU to its device, and return what to call in its place in training. With config.shard the
+    model itself is sharded, in place and layer by layer: it may be too large for one device."""
+    several, called = world_size() > 1, model
+    if several and config.shard:
+        for part in (*model.layers, model):
+            fully_shard(part)
     else:
         model.to(config.device)
-        called = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size() > 1 else model
+        called = DistributedDataParallel(model, gradient_as_bucket_view=True) if several else model
     return torch.compile(called) if config.compile else called
 
 
@@ -168,14 +158,10 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(state: object) -> object:
-    """Return a state dict with its sharded tensors whole, on the CPU of rank 0, one by one; elsewhere they are None."""
-    if isinstance(state, DTensor):
-        whole = state.full_tensor()
-        return None if rank() else whole.cpu()
-    if isinstance(state, dict):
-        return {key: gathered(value) for key, value in state.items()}
-    return [gathered(value) for value in state] if isinstance(state, list) else state
+def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """Put sharded tensors together, one by one, on the CPU of rank 0; elsewhere they become None."""
+    whole = ((name, full(t)) for name, t in tensors.items())
+    return {name: t.cpu() if rank() == 0 else None for name, t in whole}
 
 
 def unsharded(model: LLaDA) -> LLaDA:
@@ -183,23 +169,27 @@ def unsharded(model: LLaDA) -> LLaDA:
     if not isinstance(model, FSDPModule):
         return model
     state = gathered(model.state_dict())
-    with torch.device("meta"):
-        plain = LLaDA(model.config)
-    if rank() == 0:
-        plain.load_state_dict(state, assign=True)
-        if model.config.tie_head:
-            plain.head.weight = plain.embed.weight
-    return plain
+    return model_of(state, model.config) if rank() == 0 else model
 
 
-def load_optimizer(optimizer: Optimizer, state: dict) -> None:
-    """Restore what a run of any number of processes saved: whole tensors, which are sharded as the weights are."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+def optimizer_state(optimizers: Sequence[Optimizer]) -> dict:
+    """Return what no config says, for `Run.save`: tensors by names like "optimizer.0.12.exp_avg", that of parameter 12,
+    and each group's full rate. Every process must call this."""
+    states = {f"optimizer.{i}.{p}": s for i, o in enumerate(optimizers) for p, s in o.state_dict()["state"].items()}
+    tensors = {f"{prefix}.{name}": tensor for prefix, state in states.items() for name, tensor in state.items()}
+    return gathered(tensors) | {"rates": [group["initial_lr"] for o in optimizers for group in o.param_groups]}
 
-    def placed(tensor: object, p: nn.Parameter) -> object:
-        if not isinstance(p, DTensor) or not isinstance(tensor, Tensor) or tensor.shape != p.shape:
-            return tensor
-        return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
-    of = {i: {name: placed(t, parameters[i]) for name, t in s.items()} for i, s in state["state"].items()}
-    optimizer.load_state_dict(state | {"state": of})
+def load_optimizers(optimizers: Sequence[Optimizer], saved: dict) -> None:
+    """Restore what a run of any number of processes saved; tensors are sharded as the weights are."""
+    for group, rate in zip((group for o in optimizers for group in o.param_groups), saved["rates"], strict=True):
+        group["initial_lr"] = rate
+    for i, optimizer in enumerate(optimizers):
+        parameters, state = [p for group in optimizer.param_groups for p in group["params"]], defaultdict(dict)
+        for name in (name for name in saved if name.startswith(f"optimizer.{i}.")):
+            number, kind = name.split(".")[2:]
+            tensor, p = saved[name], parameters[int(number)]
+            if isinstance(p, DTensor) and tensor.shape == p.shape:
+                tensor = distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+            state[int(number)][kind] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

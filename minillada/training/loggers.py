@@ -1,7 +1,5 @@
-"""Send a run's numbers to TensorBoard or Weights & Biases too, each imported only if it is asked for.
-
-`RUN/log.jsonl` is written in any case (`runs.py`). A logger here is a function that is given every record of it.
-"""
+"""Send a run's numbers to TensorBoard or Weights & Biases too, each imported only if it is asked for. A logger is a
+function that is given every record of `RUN/log.jsonl`, which is written in any case."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +20,7 @@ def scalars(record: dict) -> Iterator[tuple[str, float]]:
 
 
 def tensorboard(directory: Path, config: dict) -> Log:
-    """Return a logger that writes event files to RUN/tensorboard, flushed after every evaluation; look at them with
-    `tensorboard --logdir RUN`."""
+    """Return a logger that writes event files for `tensorboard --logdir RUN`, flushed after every evaluation."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = None
@@ -42,10 +39,8 @@ def tensorboard(directory: Path, config: dict) -> Log:
 
 
 def wandb(directory: Path, config: dict) -> Log:
-    """Return a logger for a run of Weights & Biases in the project "minillada", named like the run directory.
-
-    A resumed run is a new one of the same name. `wandb login` says who is logged in, $WANDB_MODE whether to send.
-    """
+    """Return a logger for a run of Weights & Biases, named like the directory; a resumed one is a new one there.
+    `wandb login` says who is logged in, $WANDB_MODE whether to send."""
     import wandb
 
     run = wandb.init(project="minillada", name=directory.name, dir=str(directory), config=config)
@@ -56,11 +51,10 @@ LOGGERS: dict[str, Callable[[Path, dict], Log]] = {"tensorboard": tensorboard, "
 
 
 def make(name: str, directory: str | Path, config: dict) -> Log:
-    """Return the logger of that name, for the run in `directory`. Raises BadInput for an unknown name, or without its
-    package."""
+    """Return the logger of that name, for the run in `directory`. Raises BadInput if it, or its package, is unknown."""
     check_one_of("logger", name, LOGGERS)
     try:
         return LOGGERS[name](Path(directory), config)
     except ImportError as error:
-        fix = f"pip install 'minillada[{name}]'"
-        raise BadInput(f"logger: expected the package {name}, got {error}; {fix}") from None
+        what = f"logger: expected the package {name}"
+        raise BadInput(f"{what}, got {error}; pip install 'minillada[{name}]'") from None

@@ -2,8 +2,8 @@
 
     y = W x + scale * up(down(x)),    down (r,in) random, up (out,r) zero at first, so nothing has changed yet
 
-The four projections of every attention get such an adapter; everything else stays frozen without one. W keeps its
-dtype, which is what is computed in. Adapters are float32, because many of their steps are too small for bfloat16.
+The four projections of every attention get such an adapter; everything else stays frozen. W keeps its dtype, which is
+what is computed in. Adapters are float32, because many of their steps are too small for bfloat16.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ..errors import BadInput, check_whole
-from ..model import LLaDA
+from ..model import LLaDA, ModelConfig
 
 SCALE = 2.0  # of what the adapters add, whatever their rank: alpha = 2 r
 
@@ -56,8 +56,7 @@ def adapt(model: LLaDA, rank: int, rng: Generator) -> LLaDA:
 
 def adapters(model: nn.Module) -> nn.ParameterList:
     """Return the parameters that learn in an adapted model, in the order of its layers."""
-    found = [module for module in model.modules() if isinstance(module, LoRA)]
-    return nn.ParameterList(p for module in found for p in (module.down, module.up))
+    return nn.ParameterList(p for m in model.modules() if isinstance(m, LoRA) for p in (m.down, m.up))
 
 
 @contextmanager
@@ -81,9 +80,14 @@ def merged(model: LLaDA) -> LLaDA:
         if isinstance(module, LoRA):
             state[f"{name}.weight"] = module.merged()
             del state[f"{name}.down"], state[f"{name}.up"]
+    return model_of(state, model.config)
+
+
+def model_of(state: dict[str, Tensor], config: ModelConfig) -> LLaDA:
+    """Return a model whose weights are the very tensors of a state dict."""
     with torch.device("meta"):
-        plain = LLaDA(model.config)
-    plain.load_state_dict(state, assign=True)
-    if model.config.tie_head:
-        plain.head.weight = plain.embed.weight
-    return plain
+        model = LLaDA(config)
+    model.load_state_dict(state, assign=True)
+    if config.tie_head:
+        model.head.weight = model.embed.weight
+    return model

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ..errors import BadInput
 from ..model import LLaDA, ModelConfig
+from ..text.chat import ChatTemplate
 from ..text.corpora import cache_dir, make_tokenizer
 from ..text.ids import Tokens, tokenise
 from ..text.tokenizer import Tokenizer
@@ -18,11 +19,11 @@ from ..train import Objective
 from ..weights.checkpoint import check, expect_tokenizer, load
 from .balance import Balanced
 from .config import RunConfig, SFTConfig, TrainConfig, TunedConfig, VRPOConfig
-from .distributed import check_same, check_share, in_turn, load_optimizer, spread, together
+from .distributed import check_same, check_share, in_turn, load_optimizers, spread, together
 from .lora import adapt, adapters
 from .optim import choose_precision, make_optimizers, recompute
 from .pretraining import TextPretraining
-from .sft import SFT, Items, Taught, dialogue, read_items, teach
+from .sft import SFT, Items, dialogue, read_items, teach
 from .vrpo import VRPO, compared
 
 
@@ -32,8 +33,7 @@ class Made(NamedTuple):
     config: RunConfig  # with the precision that was chosen
     notices: list[str]  # lines for the user
     text: Tokens
-    tokenizer: Tokenizer
-    saves: Tokenizer | Taught  # what is saved beside the model
+    saves: Tokenizer | ChatTemplate  # what is saved beside the model
     base: str | None  # a hash of the model that the run began with, if that is needed to go on
     objective: Objective
     model: LLaDA
@@ -41,11 +41,6 @@ class Made(NamedTuple):
     trained: nn.Module  # what changes: the model or its adapters
     optimizers: list[Optimizer]
     rng: Generator  # of the noise
-
-    @property
-    def length(self) -> int:
-        """Return the tokens of the longest row."""
-        return self.config.length if isinstance(self.config, TrainConfig) else self.text.longest
 
 
 def make_model(config: TrainConfig, tokenizer: Tokenizer, rng: Generator) -> LLaDA:
@@ -58,24 +53,23 @@ def make_model(config: TrainConfig, tokenizer: Tokenizer, rng: Generator) -> LLa
 
 def read_text(config: TrainConfig, newest: Path | None) -> tuple[Tokens, Tokenizer]:
     """Return the ids of a text and their tokenizer, which is made of the text or read from the newest checkpoint."""
-    fresh = lambda: make_tokenizer(config.tokenizer, config.data)
-    tokenizer = in_turn(lambda: Tokenizer.load(newest) if newest else fresh())
+    tokenizer = in_turn(lambda: Tokenizer.load(newest) if newest else make_tokenizer(config.tokenizer, config.data))
     return in_turn(lambda: tokenise(config.data, tokenizer, cache_dir() / "tokens", config.length)), tokenizer
 
 
-def read_dialogues(config: TunedConfig, newest: Path | None) -> tuple[Items, Taught, str, str | None]:
-    """Return the lines of a file as ids, the tokenizer with its template, the directory of the model to begin with, and
+def read_dialogues(config: TunedConfig, newest: Path | None) -> tuple[Items, ChatTemplate, str, str | None]:
+    """Return the lines of a file as ids, the template with its tokenizer, the directory of the model to begin with, and
     a hash of that model if the run needs it for as long as it lasts: under adapters, or as a reference."""
-    lasts = config.lora > 0 or isinstance(config, VRPOConfig)
+    prefers = isinstance(config, VRPOConfig)
+    lasts = prefers or config.lora > 0
     with together():
         found = check(newest if newest and not lasts else config.start)
         base = hashlib.sha256(repr((found.entries, found.hashes)).encode()).hexdigest() if lasts else None
         expect_tokenizer(found.directory, f"from {config.start}")
-        tokenizer = Tokenizer.load(found.directory, {"mask": found.config.mask_id})
-        taught = Taught(tokenizer, teach(found.directory, tokenizer))
-    turns_of = compared if isinstance(config, VRPOConfig) else dialogue
-    items = in_turn(lambda: read_items(config.data, taught.template, found.config, turns_of))
-    return items, taught, config.start if newest else str(found.directory), base
+        template = teach(found.directory, Tokenizer.load(found.directory, {"mask": found.config.mask_id}))
+    turns_of = compared if prefers else dialogue
+    items = in_turn(lambda: read_items(config.data, template, found.config, turns_of))
+    return items, template, config.start if newest else str(found.directory), base
 
 
 def finished(config: RunConfig, step: int, seconds: float) -> bool:
@@ -98,10 +92,10 @@ def check_beginning(saved: dict, text: Tokens, base: str | None, config: RunConf
 
 def begin_model(config: RunConfig, tokenizer: Tokenizer, rng: Generator, newest: Path | None, saved: dict) -> LLaDA:
     """Return the model as it begins or goes on: a new one, that of `start`, or that with adapters."""
-    if isinstance(config, TunedConfig) and config.lora:
+    if getattr(config, "lora", 0):
         model = adapt(load(config.start)[0], config.lora, rng)
         if saved:
-            adapters(model).load_state_dict(saved["adapters"])
+            adapters(model).load_state_dict({n: saved[f"adapters.{n}"] for n in adapters(model).state_dict()})
         return model
     if newest is None and isinstance(config, TrainConfig):
         return make_model(config, tokenizer, rng)
@@ -110,17 +104,14 @@ def begin_model(config: RunConfig, tokenizer: Tokenizer, rng: Generator, newest:
 
 def begin_objective(config: RunConfig, text: Tokens, c: ModelConfig) -> Objective:
     """Return what a config asks to learn, balanced if there are experts."""
-    bias_rate = 0.0
     if isinstance(config, TrainConfig):
-        objective, bias_rate = TextPretraining(text, config, c.mask_id), config.bias_rate
+        objective = TextPretraining(text, config, c.mask_id)
     elif isinstance(config, SFTConfig):
         objective = SFT(text, config, c)
-    elif config.lora:
-        objective = VRPO(text, config, c.mask_id, None)
     else:
-        reference = load(config.start, config.device, torch.float32)[0].requires_grad_(False)
-        objective = VRPO(text, config, c.mask_id, reference)
-    return Balanced(objective, config, bias_rate) if c.n_expert else objective
+        whole = lambda: load(config.start, config.device, torch.float32)[0].requires_grad_(False)
+        objective = VRPO(text, config, c.mask_id, None if config.lora else whole())
+    return Balanced(objective, config) if c.n_expert else objective
 
 
 def make(config: RunConfig, newest: Path | None = None, saved: dict | None = None) -> Made:
@@ -130,22 +121,21 @@ def make(config: RunConfig, newest: Path | None = None, saved: dict | None = Non
     with together():
         check_share(config)
     precision, notices = choose_precision(config)
+    config = replace(config, precision=precision)
     if isinstance(config, TrainConfig):
         text, saves = read_text(config, newest)
-        config = replace(config, precision=precision)
     else:
         text, saves, start, base = read_dialogues(config, newest)
-        config = replace(config, precision=precision, start=start)
-    tokenizer = saves.tokenizer if isinstance(saves, Taught) else saves
+        config = replace(config, start=start)
     check_same("data", text.fingerprint)
     with together():
         if saved:
             check_beginning(saved, text, base, config)
-        model = begin_model(config, tokenizer, rng, newest, saved)
+        model = begin_model(config, saves, rng, newest, saved)
         objective = begin_objective(config, text, model.config)
-    trained = adapters(model) if isinstance(config, TunedConfig) and config.lora else model
+    trained = adapters(model) if getattr(config, "lora", 0) else model
     called = spread(recompute(model) if config.recompute else model, config)
     optimizers = make_optimizers(model, config)
-    for optimizer, state in zip(optimizers, saved.get("optimizers", ()), strict=False):
-        load_optimizer(optimizer, state)
-    return Made(config, notices, text, tokenizer, saves, base, objective, model, called, trained, optimizers, rng)
+    if saved:
+        load_optimizers(optimizers, saved)
+    return Made(config, notices, text, saves, base, objective, model, called, trained, optimizers, rng)

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -14,19 +14,18 @@ from ..files import one_line
 from ..model import LLaDA
 from .config import RunConfig
 from .distributed import agree, full
+from .muon import Muon
 
 
 def make_optimizers(model: nn.Module, config: RunConfig) -> list[Optimizer]:
     """Return Muon for the matrices of the layers and AdamW for the rest, or AdamW for both; the matrices come first.
-
-    Muon (arXiv:2502.16982, but with PyTorch's scale, that of its first publication) makes every update orthogonal; here
-    that is what makes three minutes enough.
-    """
+    Muon (arXiv:2502.16982, with the scale of its first publication) makes updates orthogonal: so minutes are enough."""
     matrices = [p for p in model.layers.parameters() if p.dim() == 2]  # not stacked experts: Muon wants plain ones
-    chosen = set(matrices)
-    rest = [p for p in model.parameters() if p not in chosen]
+    rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     adamw = partial(AdamW, betas=(0.9, 0.95), fused=True)
-    first = Muon if config.optimizer == "muon" else adamw
+    half = bfloat16_instructions(torch.device(config.device).type)
+    muon = partial(Muon, dtype=torch.bfloat16 if half else torch.float32)
+    first = muon if config.optimizer == "muon" else adamw
     group = lambda parameters, lr: [{"params": parameters, "initial_lr": lr}]
     return [
         first(group(matrices, config.lr), lr=config.lr, weight_decay=config.weight_decay),
@@ -46,7 +45,7 @@ def restore(model: nn.Module, optimizers: list[Optimizer], states: list[dict]) -
 
 
 def copied(state: object) -> object:
-    """Return a copy of nested dicts and lists, their tensors on the CPU."""
+    """Copy nested dicts and lists, their tensors to the CPU."""
     return tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, state)
 
 
@@ -66,32 +65,26 @@ def recompute(model: LLaDA) -> LLaDA:
 def evaluation(config: RunConfig) -> Iterator[None]:
     """Evaluate a model inside in the config's precision. Raises BadInput if it is to be compiled and cannot be."""
     failures = torch._dynamo.exc.TorchDynamoException if config.compile else ()
-    device, half = torch.device(config.device).type, config.precision == "bfloat16"
     line = one_line("compile: expected PyTorch to compile the model", "leave the option out", faults=failures)
-    with line, torch.autocast(device, torch.bfloat16, enabled=half):
+    with line, torch.autocast(torch.device(config.device).type, torch.bfloat16, config.precision == "bfloat16"):
         yield
 
 
 def choose_precision(config: RunConfig) -> tuple[str, list[str]]:
-    """Return config.precision; for "auto", bfloat16 if every process's device has instructions for it, else float32.
-
-    And lines for the user: what was chosen, and why. Without such instructions bfloat16 is emulated, which is slow.
-    """
+    """Return config.precision; for "auto", bfloat16 if every process's device has instructions for it (else it is
+    emulated, which is slow), or float32. And lines for the user: what was chosen, and why."""
     if config.precision != "auto":
         return config.precision, []
     found = bfloat16_instructions(torch.device(config.device).type)
-    (missing,) = agree(float(not found))
-    if missing:
+    if agree(not found) != [0]:
         return "float32", ["precision float32: this device has no instructions for bfloat16"]
-    return "bfloat16", [f"precision bfloat16: this device has instructions for it ({found}); "
-                        "--precision float32 turns it off"]  # fmt: skip
+    why = f"precision bfloat16: this device has instructions for it ({found}); --precision float32 turns it off"
+    return "bfloat16", [why]
 
 
 def bfloat16_instructions(device: str) -> str:
     """Return the name of the instructions that a type of device multiplies bfloat16 with, "" if it has none."""
     if device == "cuda":
         return "CUDA" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
-    if device != "cpu":
-        return ""
-    able = torch.cpu.get_capabilities()
+    able = torch.cpu.get_capabilities() if device == "cpu" else {}
     return next((name for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16") if able.get(name)), "")

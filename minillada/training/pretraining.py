@@ -27,7 +27,7 @@ def part_of(x0: Tensor, noised: Noised, rows: Tensor, config: RunConfig) -> tupl
 def losses_by_part(
     loss: Callable[..., Tensor], model: nn.Module, x0: Tensor, noised: Noised, config: RunConfig
 ) -> Iterator[Tensor]:
-    """Yield loss(model, x0, noised), a mean over rows, for each part that this process has of a batch, over accumulate:
+    """Yield loss(model, x0, noised), a mean over rows, of each part of a batch that this process has, over accumulate:
     their sum, averaged over processes, is the loss of the batch."""
     for rows in shares(model, len(x0), config.accumulate):
         with evaluation(config):
@@ -49,12 +49,8 @@ class TextPretraining(Pretraining):
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict:
-        """Return the bound of the held-out windows, in nats per character, and the loss by masking level.
-
-        "levels" are (t, nats per masked token) at the middle of ten bins of the masking level, those left out that no
-        row fell into. The bound is the area under that curve, over characters per token. A window is predicted without
-        what stands before it.
-        """
+        """Return the bound of the held-out windows, each predicted without what stands before it, in nats per
+        character, and the "levels" of `by_level`: the bound is the area under that curve, over characters per token."""
         x0, noised = self.held_noise()
         bounds = torch.full((len(x0),), -torch.inf)
         (mine,) = share(len(x0))
@@ -67,7 +63,8 @@ class TextPretraining(Pretraining):
 
 
 def by_level(bounds: Tensor, noised: Noised) -> list[tuple[float, float]]:
-    """Return (t, nats per masked token) for each of ten bins of the masking level, from the bounds of rows (B,)."""
+    """Return (t, nats per masked token) at the middle of ten bins of the masking level, without those that no row fell
+    into, from the bounds of rows (B,)."""
     count = noised.masked.sum(1)
     bins = (count * LEVELS - 1) // noised.masked.shape[1]  # masking level (0, 0.1] is bin 0
     zeros = torch.zeros(LEVELS).double()

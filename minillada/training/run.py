@@ -20,9 +20,9 @@ from ..model import LLaDA
 from ..text.ids import Tokens
 from ..text.tokenizer import Tokenizer
 from ..train import TrainStep, Ways, learn
-from .balance import Balanced
+from .balance import Balanced, move_biases
 from .config import VERSION, RunConfig, TrainConfig, config_of
-from .distributed import agree, clip_sharded, gathered, in_turn, mean_loss, processes, rank, together, unsharded
+from .distributed import agree, clip_sharded, in_turn, mean_loss, optimizer_state, processes, rank, together, unsharded
 from .lora import merged
 from .making import Made, finished, make
 from .optim import restore, snapshot, weight_norm
@@ -41,7 +41,6 @@ class RunStep(TrainStep):
     tokens: int  # seen so far
     tokens_per_second: float  # since this program began, evaluation and saving included
     seconds: float  # of training, interruptions not counted
-    precision: str
     model: LLaDA
     tokenizer: Tokenizer
     text: Tokens
@@ -51,17 +50,13 @@ class RunStep(TrainStep):
 
     def record(self) -> dict:
         """Return what the log holds of this step."""
-        return {
-            "step": self.step, "loss": self.loss, self.config.held_out: self.bound, "lr": self.lr,
-            "grad_norm": self.grad_norm, "tokens": self.tokens, "tokens_per_second": self.tokens_per_second,
-            "seconds": self.seconds, "levels": self.levels, "best": self.best, "precision": self.precision,
-            "characters_per_token": self.text.characters_per_token, **self.numbers,
-        } | ({"notices": self.notices} if self.notices else {})  # fmt: skip
+        names = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds", "levels", "best")
+        told = {name: getattr(self, name) for name in names} | {self.config.held_out: self.bound} | self.numbers
+        about = {"precision": self.config.precision, "characters_per_token": self.text.characters_per_token}
+        return told | about | ({"notices": self.notices} if self.notices else {})
 
 
-# ---- saving, and going back
-
-
+# ---- saving, and going back ----
 def fingerprint(document: dict) -> str:
     """Return a hash of what run.json holds."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
@@ -72,7 +67,7 @@ def going_on(run: Run, moved: dict) -> tuple[RunConfig, dict]:
     checkpoint. Raises BadInput for a run.json that was edited, or a field that it does not have."""
     with together():
         config, saved = config_of(run.config), load_state(run.newest)
-        if saved.get("version") != VERSION or saved.get("config") != fingerprint(run.config):
+        if (saved.get("version"), saved.get("config")) != (VERSION, fingerprint(run.config)):
             what = f"run.json: expected what the run in {run.directory} began with, got an edited one"
             raise BadInput(f"{what}; undo its changes, or begin another run")
         if others := moved.keys() - {field.name for field in fields(config)}:
@@ -86,7 +81,8 @@ class Rescue:
 
     def __init__(self, trained: nn.Module, optimizers: list[Optimizer], undone: int = 0) -> None:
         self.trained, self.optimizers = trained, optimizers
-        self.good, self.undone = snapshot(trained, optimizers), undone
+        self.remember()
+        self.undone = undone  # times that training went back to these weights
 
     def remember(self) -> None:
         """Take the present weights as those to go back to."""
@@ -107,13 +103,6 @@ class Rescue:
         return f"step {step}: {found}; back to the last checkpoint, at a quarter of the learning rate"
 
 
-def begin_run(made: Made) -> Run:
-    """Create the run directory, with a run.json that says all of the config and of what kind it is."""
-    document = {"version": VERSION, "objective": made.config.objective, **asdict(made.config)}
-    with together():
-        return Run.create(made.config.out, json.loads(json.dumps(document)), rank() == 0)
-
-
 def write(run: Run, made: Made, step: RunStep, saving: bool, best: tuple[float, int], undone: int) -> None:
     """Add a step to the log. If saving, write its checkpoint: the model, merged if it has adapters, and all that
     resuming exactly needs."""
@@ -122,9 +111,9 @@ def write(run: Run, made: Made, step: RunStep, saving: bool, best: tuple[float, 
         whole = merged(made.model) if lora else unsharded(made.model)
         state = {
             "version": VERSION, "config": fingerprint(run.config), "text": made.text.fingerprint, "base": made.base,
-            "step": step.step, "seconds": step.seconds, "best": best, "undone": undone,
-            "optimizers": gathered([optimizer.state_dict() for optimizer in made.optimizers]),
-            "rng": rng_state(data=made.rng), "adapters": made.trained.state_dict() if lora else {},
+            "step": step.step, "seconds": step.seconds, "best": best if best[1] else None, "undone": undone,
+            **optimizer_state(made.optimizers), **rng_state(data=made.rng),
+            **{f"adapters.{name}": tensor for name, tensor in made.trained.state_dict().items() if lora},
         }  # fmt: skip
     with together():
         run.log(step.record())
@@ -132,18 +121,14 @@ def write(run: Run, made: Made, step: RunStep, saving: bool, best: tuple[float, 
             run.save(step.step, whole, made.saves, state, made.config.keep, step.best)
 
 
-# ---- the run
-
-
+# ---- the run ----
 def train(
-    config: RunConfig | None = None,
-    resume: str | Path | None = None,
-    stop: Callable[[], bool] = lambda: False,
+    config: RunConfig | None = None, resume: str | Path | None = None, stop: Callable[[], bool] = lambda: False,
     **moved: object,
-) -> Iterator[RunStep]:
-    """Train, yielding every step. With `config.out` a log and checkpoints are written there; `resume` goes on with such
-    a run, bit for bit if it counts in steps; `moved` are fields of its config that may differ by now: device, shard.
-    When `stop()` answers True after a step, that step is saved and is the last. Raises BadInput and BadLuck.
+) -> Iterator[RunStep]:  # fmt: skip
+    """Yield every step of a training. With `config.out` a log and checkpoints are written there; `resume` goes on with
+    such a run, bit for bit if it counts in steps; `moved` are fields of its config that may differ now: device, shard.
+    A step after which `stop()` is True is saved and is the last. Raises BadInput and BadLuck.
 
     A loss, gradient or weight that is not finite undoes all steps since the last checkpoint: training goes on with the
     next batch, from that checkpoint's weights, at a quarter of the learning rate.
@@ -159,24 +144,26 @@ def train(
                 refuse_occupied(Path(config.out))  # before data are read
         made = make(config, run and run.newest, saved)
         if run is None and config.out:
-            run = stack.enter_context(begin_run(made))
+            document = {"version": VERSION, "objective": config.objective, **asdict(made.config)}
+            with together():
+                run = stack.enter_context(Run.create(config.out, json.loads(json.dumps(document)), rank() == 0))
         yield from follow(made, run, saved, stop)
 
 
 def follow(made: Made, run: Run | None, saved: dict, stop: Callable[[], bool]) -> Iterator[RunStep]:
     """Yield every step of `learn`; validate, go back, log and save between them."""
     config, objective, start = made.config, made.objective, time.perf_counter()
-    first, seconds, best = saved.get("step", 0), saved.get("seconds", 0.0), saved.get("best", (math.inf, 0))
+    first, seconds, best = saved.get("step", 0), saved.get("seconds", 0.0), saved.get("best") or (math.inf, 0)
     before, notices = seconds, [*made.notices, *(run.notices if run else [])]
     rescue = Rescue(made.trained, made.optimizers, saved.get("undone", 0))
+    length = config.length if isinstance(config, TrainConfig) else made.text.longest
     if saved:
-        set_rng_state(saved["rng"], data=made.rng)
-    by_clock = (lambda step: seconds / 60 / config.minutes) if config.minutes else None
-    ways = Ways(by_clock, clip_sharded, mean_loss)
+        set_rng_state(saved, data=made.rng)
+    ways = Ways((lambda step: seconds / 60 / config.minutes) if config.minutes else None, clip_sharded, mean_loss)
     for done in learn(made.called, made.optimizers, objective, config, made.rng, first, ways):
         step, sound = done.step, math.isfinite(done.loss + done.grad_norm)
-        if sound and isinstance(objective, Balanced):
-            objective.move_biases()
+        if sound and isinstance(objective, Balanced) and getattr(config, "bias_rate", 0):
+            move_biases(objective.routings, config.bias_rate)
         seconds, stopped = agree(before + time.perf_counter() - start, stop())
         last = stopped > 0 or finished(config, step, seconds)
         evaluate, saving = last or step % config.eval_every == 0, last or step % config.checkpoint_every == 0
@@ -188,12 +175,11 @@ def follow(made: Made, run: Run | None, saved: dict, stop: Callable[[], bool]) -
             best, saving = (bound, step), True
         if saving and sound:
             rescue.remember()
-        tokens = config.batch_size * made.length
+        tokens = config.batch_size * length
         yielded = RunStep(
-            step=step, loss=done.loss, grad_norm=done.grad_norm, lr=done.lr, numbers=done.numbers, bound=bound,
-            levels=found.get("levels"), best=best[1], tokens=step * tokens, seconds=seconds,
-            tokens_per_second=(step - first) * tokens / (time.perf_counter() - start), precision=config.precision,
-            model=made.model, tokenizer=made.tokenizer, text=made.text, length=made.length, config=config,
+            **vars(done), bound=bound, levels=found.get("levels"), best=best[1], tokens=step * tokens, seconds=seconds,
+            tokens_per_second=(step - first) * tokens / (time.perf_counter() - start), model=made.model, text=made.text,
+            tokenizer=getattr(made.saves, "tokenizer", made.saves), length=length, config=config,
             notices=tuple(notices),
         )  # fmt: skip
         if run:

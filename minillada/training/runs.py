@@ -1,4 +1,4 @@
-"""Run directories that survive a kill at any moment: the log, the checkpoints, and all that resuming exactly needs.
+"""Keep a run in a directory that survives a kill at any moment: the log, and checkpoints with all that resuming needs.
 
     RUN/run.json                     the config of the run, written once
     RUN/log.jsonl                    one JSON object per line
@@ -9,11 +9,10 @@
     RUN/.lock                        held while a process works here
 
 A checkpoint is written under a temporary name, flushed to the disk, and only then renamed: one that has its own name
-is whole. Faults of the environment are raised as BadLuck, in one line.
+is whole.
 """
 
 import json
-import math
 import os
 import random
 import shutil
@@ -33,18 +32,18 @@ from ..errors import BadInput, BadLuck
 from ..files import LEFTOVER, checkpoints_of, newest_checkpoint, one_line, temporary
 from ..weights import checkpoint
 
+ROOM = "make room on the disk and resume"
+
 
 class Run(AbstractContextManager):
-    """Hold a run's directory, locked while this is open: `with Run.create(directory, config) as run`, or `Run.resume`.
-
-    Of several processes that train together one leads; the others (leads=False) lock nothing and write nothing.
-    """
+    """Hold a run's directory, locked until `close`: `with Run.create(directory, config) as run`, or `Run.resume`. Of
+    several processes that train together one leads; the others (leads=False) lock nothing and write nothing."""
 
     def __init__(self, directory: Path, leads: bool = True) -> None:
         self.directory, self.checkpoints, self.log_file = directory, directory / "checkpoints", directory / "log.jsonl"
         self.config: dict = {}
         self.newest: Path | None = None  # the newest whole checkpoint
-        self.notices: list[str] = []  # lines the user should see; the library does not print
+        self.notices: list[str] = []  # lines for the user
         self.leads, self._lock = leads, None
         if not leads:
             return
@@ -77,12 +76,9 @@ class Run(AbstractContextManager):
     def resume(
         cls, directory: str | Path, leads: bool = True, accept: Callable[[dict], object] = lambda config: None
     ) -> "Run":
-        """Go on from the newest whole checkpoint, as if nothing had come after it.
-
-        A newer one that is damaged is named in `notices` and set aside as corrupt-step-…; log lines of later steps
-        are cut off. accept: is given the config before anything is changed, and may raise. Raises BadInput if this is
-        no run or has no whole checkpoint, BadLuck if it is in use.
-        """
+        """Go on from the newest whole checkpoint: cut off the log's later steps, set damaged checkpoints aside as
+        corrupt-step-… and name them in `notices`. accept is given the config before anything is changed; it may raise.
+        Raises BadInput if this is no run or has no whole checkpoint, BadLuck if it is in use."""
         directory = Path(directory)
         if not (directory / "run.json").is_file():
             raise BadInput(f"run directory: expected one with a run.json, got {directory}; give the directory of a run")
@@ -109,38 +105,30 @@ class Run(AbstractContextManager):
 
     def log(self, record: dict) -> None:
         """Append one line of strict JSON; a float that is not finite becomes null. resume() cuts lines by "step"."""
-        if not self.leads:
-            return
-        line = json.dumps(finite(record), allow_nan=False).encode() + b"\n"
-        with (
-            one_line("log: expected to add a line", "make room on the disk and resume"),
-            open(self.log_file, "ab") as file,
-        ):
-            file.write(line)
+        if self.leads:
+            finite = json.loads(json.dumps(record), parse_constant=lambda name: None)
+            with one_line("log: expected to add a line", ROOM), open(self.log_file, "ab") as file:
+                file.write(json.dumps(finite).encode() + b"\n")
 
     def save(
         self, step: int, model: nn.Module, tokenizer: Any, state: dict, keep: int = 3, best: int | None = None
     ) -> Path:
-        """Write the checkpoint of a step; return its path once the disk has it and the old ones are dropped.
-
-        state: dicts, lists and tuples of numbers, strings, None and tensors that share no memory; see `load_state`.
-        The last `keep` checkpoints stay (0: all), and that of step `best`. A step is saved once: the second time
-        changes nothing. Raises BadLuck if it cannot be written; the earlier ones are then as they were.
-        """
+        """Write the checkpoint of a step; return its path once the disk has it and old ones are dropped, but the last
+        `keep` (0: all) and that of step `best`. state: tensors that share no memory, and values of JSON, by name. What
+        is saved already stays as it is. Raises BadLuck if it cannot write; the earlier ones are then as they were."""
         target = self.checkpoints / f"step-{step:08d}"
         if target.exists() or not self.leads:
             return target
         draft = temporary(target)
-        tensors: dict[str, Tensor] = {}
-        document = json.dumps(split(state, tensors), allow_nan=False).encode()
+        tensors = {name: t.detach().cpu().contiguous() for name, t in state.items() if isinstance(t, Tensor)}
+        rest = {name: value for name, value in state.items() if name not in tensors}
         files.check_space(self.directory, sum(t.nbytes for t in (*model.state_dict().values(), *tensors.values())))
-        fix = "make room on the disk and resume"
-        with one_line(f"checkpoint: expected to write {target}", fix, undo=lambda: discard(draft)):
+        with one_line(f"checkpoint: expected to write {target}", ROOM, undo=lambda: discard(draft)):
             draft.mkdir()
             checkpoint.save(model, draft, tokenizer)
             hashed = files.read_json(draft / files.MANIFEST, files.CONFIG_CAP)["files"]
             save_file(tensors, draft / "optimizer.safetensors")
-            files.write_file(draft / "state.json", [document])
+            files.write_file(draft / "state.json", [json.dumps(rest, allow_nan=False).encode()])
             flush(draft / "optimizer.safetensors")  # the other writers flush their own files,
             files.write_manifest(draft, hashed)  # and this one the draft's names too
             if self.log_file.exists():
@@ -153,22 +141,12 @@ class Run(AbstractContextManager):
                 discard(old)
         return target
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         """Let go of the directory."""
         if self._lock:
             self._lock.release()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def finite(value: Any) -> Any:
-    """Return `value` with None for every float that JSON lacks."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    __exit__ = close
 
 
 def step_of(path: Path) -> int:
@@ -182,72 +160,36 @@ def load_state(path: str | Path) -> dict:
     with one_line(f"checkpoint: expected a training state in {path}", "use a checkpoint of a run"):
         # Cloned: load_file maps the file, and Windows keeps a mapped file from being deleted.
         tensors = {name: t.clone() for name, t in load_file(path / "optimizer.safetensors").items()}
-        return join(files.read_json(path / "state.json", files.INDEX_CAP), tensors)
-
-
-def split(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
-    """Return `value` as strict JSON; what JSON lacks (tensors, tuples, infinities, keys but strings) becomes {"$…": …}.
-
-    Tensors are put into `tensors`, named by a number and their path. `join` undoes this.
-    """
-    if isinstance(value, Tensor):
-        name = f"{len(tensors)}{path}"
-        tensors[name] = value.detach().cpu().contiguous()
-        return {"$tensor": name}
-    if isinstance(value, (list, tuple)):
-        items = [split(v, tensors, f"{path}.{i}") for i, v in enumerate(value)]
-        return items if isinstance(value, list) else {"$tuple": items}
-    if isinstance(value, dict):
-        pairs = [[k, split(v, tensors, f"{path}.{k}")] for k, v in value.items()]
-        plain = all(isinstance(k, str) and not k.startswith("$") for k in value)
-        return dict(pairs) if plain else {"$dict": pairs}
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"$float": str(value)}
-    return value
-
-
-def join(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return the value that `split` was given."""
-    match value:
-        case list():
-            return [join(v, tensors) for v in value]
-        case {"$tensor": name}:
-            return tensors[name]
-        case {"$tuple": items}:
-            return tuple(join(items, tensors))
-        case {"$dict": pairs}:
-            return {k: join(v, tensors) for k, v in pairs}
-        case {"$float": name}:
-            return float(name)
-        case dict():
-            return {k: join(v, tensors) for k, v in value.items()}
-    return value
+        return files.read_json(path / "state.json", files.INDEX_CAP) | tensors
 
 
 def rng_state(**generators: Generator) -> dict:
-    """Return the state of every source of randomness: Python, NumPy, torch on each device in use, named generators."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-        "generators": {name: generator.get_state() for name, generator in generators.items()},
+    """Return the state of every source of randomness, for `Run.save`: Python, NumPy, torch on each device in use, and
+    the generators, by name."""
+    (version, words, gauss), (name, keys, *rest) = random.getstate(), np.random.get_state()
+    state = {"rng.python": [version, list(words), gauss], "rng.numpy": [name, keys.tolist(), *rest]}
+    if torch.backends.mps.is_available():
+        state["rng.mps"] = torch.mps.get_rng_state()
+    return state | {
+        f"rng.{name}": generator.get_state() for name, generator in (torch_generators() | generators).items()
     }
 
 
 def set_rng_state(state: dict, **generators: Generator) -> None:
     """Put states back, except those of a device that this machine lacks: such a run goes on, but not bit for bit."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(cuda, device)
-    if state["mps"] is not None and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state["mps"])
-    for name, generator in generators.items():
-        generator.set_state(state["generators"][name])
+    version, words, gauss = state["rng.python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(state["rng.numpy"])
+    if "rng.mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["rng.mps"])
+    for name, generator in (torch_generators() | generators).items():
+        if f"rng.{name}" in state:
+            generator.set_state(state[f"rng.{name}"])
+
+
+def torch_generators() -> dict[str, Generator]:
+    """Return torch's own generators, of the CPU and of each CUDA device in use."""
+    return {"torch": torch.default_generator} | {f"cuda.{i}": g for i, g in enumerate(torch.cuda.default_generators)}
 
 
 def refuse_occupied(directory: Path) -> None:
@@ -276,12 +218,9 @@ def truncate_log(file: Path, step: int) -> None:
     if not file.exists():
         return
     end = 0
-    with open(file, "rb") as lines:
+    with open(file, "rb") as lines, suppress(ValueError, TypeError, AttributeError):  # of a line that is no record
         for line in lines:
-            try:
-                if not line.endswith(b"\n") or json.loads(line).get("step", 0) > step:
-                    break
-            except (ValueError, TypeError, AttributeError):
+            if not line.endswith(b"\n") or json.loads(line).get("step", 0) > step:
                 break
             end += len(line)
     os.truncate(file, end)  # one system call: the log is the old one or the new one

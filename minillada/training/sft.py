@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..diffusion import PROCESSES, Noised, lengths, model_bound, sample_t
 from ..errors import BadInput, BadLuck
-from ..files import write_file
 from ..measure.likelihood import Pair, attention, log_likelihoods
 from ..model import ModelConfig
 from ..text.chat import MARKERS, ROLES, ChatTemplate, Message
@@ -37,28 +35,12 @@ from .pretraining import losses_by_part
 
 PADDING = -1  # in a row: no token
 # For tokenizers without a chat's markers: the texts as they are, an end of text behind every answer.
-PLAIN = (
-    "{% for message in messages %}{{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-)
+PLAIN = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 Turn = tuple[list[Message], str]  # what stands before an answer, the answer
 Item = list[Pair]  # the turns of a dialogue, or two answers to the same prompt
 
 
-# ---- from lines to rows
-
-
-def objects(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield ("FILE, line N", object) for every line that is not empty. Raises BadInput, BadLuck."""
-    path = Path(path)
-    if not path.is_file():
-        raise BadLuck(f"data: expected a JSONL file, got {path}; give the path of one")
-    for where, record in records(path):
-        if not isinstance(record, dict):
-            raise BadInput(f"{where}: expected an object, got {type(record).__name__}; write {{...}} in that line")
-        yield where, record
-
-
+# ---- from lines to rows ----
 def text_of(record: dict, key: str) -> str:
     """Return the text of a key, without the space around it, as chat templates do. Raises BadInput for none."""
     text = record.get(key)
@@ -91,18 +73,6 @@ def teach(directory: str | Path, tokenizer: Tokenizer) -> ChatTemplate:
     return replace(template, source=PLAIN, own=True)
 
 
-class Taught(NamedTuple):
-    """Save the template that answers were learned with beside the tokenizer, so that a checkpoint can chat."""
-
-    tokenizer: Tokenizer
-    template: ChatTemplate
-
-    def save(self, directory: str | Path) -> None:
-        """Write both into a directory."""
-        self.tokenizer.save(directory)
-        write_file(Path(directory) / "chat_template.jinja", [self.template.source.encode()])
-
-
 @dataclass(frozen=True)
 class Items(Tokens):
     """Hold the lines of a file as ids; the last tenth of them validates."""
@@ -119,13 +89,10 @@ class Items(Tokens):
 
 def encode(turns: Iterable[Turn], template: ChatTemplate, c: ModelConfig) -> Item:
     """Return the ids of some turns, an end of text behind every answer. Raises BadInput."""
-    pairs = []
-    for before, answer in turns:
-        prompt, ids = template.encode_chat(before), [*template.tokenizer.encode(answer), c.eos_id]
-        if (length := len(prompt) + len(ids)) > c.max_len:
-            what = f"expected at most {c.max_len} tokens of prompt, answer and end of text, got {length}"
-            raise BadInput(f"{what}; shorten that line")
-        pairs.append((prompt, ids))
+    pairs = [(template.encode_chat(before), [*template.tokenizer.encode(answer), c.eos_id]) for before, answer in turns]
+    if (length := max(len(prompt) + len(answer) for prompt, answer in pairs)) > c.max_len:
+        what = f"expected at most {c.max_len} tokens of prompt, answer and end of text, got {length}"
+        raise BadInput(f"{what}; shorten that line")
     return pairs
 
 
@@ -136,38 +103,34 @@ def read_items(
     if c.eos_id is None:
         what = "model: expected one with an end of text, which answers end with, got none"
         raise BadInput(f"{what}; begin with a model that has an eos_id")
-    items, where = [], str(path)
-    try:
-        for where, record in objects(path):  # noqa: B007 named in the error
+    if not Path(path).is_file():
+        raise BadLuck(f"data: expected a JSONL file, got {path}; give the path of one")
+    items = []
+    for where, record in records(Path(path)):
+        try:
+            if not isinstance(record, dict):
+                raise BadInput(f"expected an object, got {type(record).__name__}; write {{...}} in that line")
             items.append(encode(turns_of(record), template, c))
-    except BadInput as error:
-        raise BadInput(str(error) if str(error).startswith(str(path)) else f"{where}: {error}") from None
+        except BadInput as error:  # noqa: PERF203
+            raise BadInput(f"{where}: {error}") from None
     if len(items) < 2:
         raise BadInput(f"{path}: expected two lines or more, to learn from and to validate, got {len(items)}; add some")
-    held = max(1, len(items) // 10)
-    return measured(items[:-held], items[-held:], template)
-
-
-def measured(learned: list[Item], held: list[Item], template: ChatTemplate) -> Items:
-    """Return the items with what is counted of them."""
-    longest = max(len(prompt) + len(answer) for item in (*learned, *held) for prompt, answer in item)
+    n_held = max(1, len(items) // 10)
+    learned, held = items[:-n_held], items[-n_held:]
+    longest = max(len(prompt) + len(answer) for item in items for prompt, answer in item)
     flat = lambda part: np.fromiter((id for item in part for pair in item for ids in pair for id in ids), np.int64)
     answers = [answer for item in held for _, answer in item]
     texts, n = [template.tokenizer.decode(answer) for answer in answers], sum(map(len, answers))
     characters, size = sum(map(len, texts)) / n, sum(len(text.encode()) for text in texts) / n
     digest = digest_of(template.tokenizer)
-    digest.update(json.dumps([template.source, [*learned, *held]]).encode())
+    digest.update(json.dumps([template.source, items]).encode())
     return Items(flat(learned), flat(held), characters, size, digest.hexdigest(), learned, held, longest)
 
 
-# ---- from rows to a loss
-
-
+# ---- from rows to a loss ----
 def visits(n: int, seed: int, start: int) -> Iterator[tuple[int, float]]:
-    """Yield for ever, from visit number `start` (from 0): which of n items, a number in [0,1) to choose a turn with.
-
-    Visit k depends on the seed and on k alone. An epoch is every item once, in random order.
-    """
+    """Yield for ever, from visit number `start` on: which of n items, and a number in [0,1) to choose a turn with.
+    Visit k depends on the seed and on k alone. An epoch is every item once, in random order."""
     epoch, taken = divmod(start, n)
     for number in count(epoch):
         rng = np.random.default_rng((seed, number))
@@ -186,8 +149,7 @@ def stack(pairs: Sequence[Pair], fill: int) -> tuple[Tensor, Tensor]:
 
 
 def per_answer(noised: Noised, maskable: Tensor) -> Noised:
-    """Return noise whose weights make `row_loss` SFT's loss: each token's cross-entropy over the length of its own
-    answer, and the sum of them over the number of rows."""
+    """Return noise with weights that make `row_loss` SFT's loss: a mean over rows, of sums over an answer's length."""
     return noised._replace(weight=noised.weight * maskable.shape[1] / lengths(maskable, maskable))
 
 
@@ -202,8 +164,7 @@ def row_loss(model: nn.Module, x0: Tensor, noised: Noised) -> Tensor:
 
 
 def item_batches(items: Items, config: TunedConfig, start: int) -> Iterator[list[tuple[Item, float]]]:
-    """Yield for ever, from batch number `start` (from 0): its items, each with a number in [0,1) to choose a turn with.
-    Batch n depends on the seed and on n alone."""
+    """Yield the items of batches for ever, from number `start` on, each with a number to choose a turn with."""
     stream = visits(len(items.learned), config.seed, start * config.batch_size)
     while True:
         yield [(items.learned[i], chance) for i, chance in islice(stream, config.batch_size)]
@@ -233,8 +194,8 @@ class SFT:
         yield from losses_by_part(row_loss, model, *self.noise(batch, rng), self.config)
 
     def validate(self, model: nn.Module) -> dict:
-        """Return the bound of held-out answers and their ends of text, in nats per character of them: 128 answers at
-        most, 2 masks each, always the same."""
+        """Return {"bound": that of 128 held-out answers at most, in nats per character}, with 2 masks each, always the
+        same."""
         pairs = list(islice(chain.from_iterable(self.items.held), 128))
         values, _ = log_likelihoods(model, pairs, n_samples=2)
         tokens = sum(len(answer) for _, answer in pairs)

@@ -4,11 +4,10 @@
 
     loss = -log sigmoid(beta * score),    score = [B(chosen) - B_ref(chosen)] - [B(rejected) - B_ref(rejected)]
 
-B is a lower bound of log p(answer | prompt), B_ref that of the frozen model where training began. Both are estimated,
-and log-sigmoid is no straight line, so the noise of the estimates also biases the loss. Three things reduce it, each
-with a switch: the budget (`samples`), a masking level of its own for every mask (`masks` = 1), and the same levels and
-masks for the model and the reference (`shared`). Subtracting a baseline from B and B_ref does nothing: it cancels, in
-the value and in the gradient.
+B is a lower bound of log p(answer | prompt), B_ref that of the frozen model where training began. Both are estimates,
+and log-sigmoid is no straight line, so their noise also biases the loss. Three things reduce it: the budget
+(`samples`), a masking level of its own for every mask (`masks` = 1), and the same levels and masks for the model and
+the reference (`shared`). Subtracting a baseline from B and B_ref does nothing: it cancels.
 
 Shapes: P pairs, N = samples * masks estimates of each bound, B = P * 2 * N rows, T sequence.
 """
@@ -38,10 +37,8 @@ def compared(record: dict) -> list[Turn]:
 
 
 def scores(policy: Tensor, reference: Tensor) -> Tensor:
-    """Return how many nats more the model has gained on the chosen answer than on the rejected one, (P,).
-
-    policy, reference (P,2,N): estimates of the upper bounds of -log p, the chosen answer's first.
-    """
+    """Return how many nats more the model has gained on the chosen answer than on the rejected one, (P,), by estimates
+    policy, reference (P,2,N) of upper bounds of -log p, the chosen answer's first."""
     gained = (reference - policy).mean(-1)  # (P,2): first the difference, so that what is shared cancels exactly
     return gained[:, 0] - gained[:, 1]
 
@@ -85,24 +82,21 @@ class VRPO:
             yield [item for item, _ in batch]
 
     def draw(self, batch: list[Item], rng: Generator) -> Drawn:
-        """Draw the noise of a whole batch, before anything is evaluated: it does not depend on how rows are dealt out.
-        Every answer comes N times; PADDING fills rows up."""
+        """Draw the noise of a whole batch, however its rows are dealt out. Every answer comes N times, with PADDING."""
         config, n = self.config, self.config.samples * self.config.masks
         rows, answers = stack([pair for item in batch for pair in item], PADDING)
         x0, maskable = (x.repeat_interleave(n, 0) for x in (rows, answers))
 
         def noise() -> Noised:
-            t = torch.stack([sample_t(config.samples, rng, self.stratified) for _ in range(len(rows))])
-            return PROCESSES[config.process](
-                x0, self.mask_id, t.repeat_interleave(config.masks, 1).flatten(), rng, maskable
-            )
+            t = torch.stack([sample_t(config.samples, rng, self.stratified) for _ in rows])
+            t = t.repeat_interleave(config.masks, 1).flatten()  # (B,)
+            return PROCESSES[config.process](x0, self.mask_id, t, rng, maskable)
 
         noised = noise()
         return Drawn(x0, noised, noised if config.shared else noise(), answers.sum(1)[::2])
 
     def bounds(self, model: nn.Module, drawn: Drawn, pairs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the bounds of these pairs (p,) by the model and by the reference, (p,2,N) each; the latter has no
-        gradient."""
+        """Return the bounds of these pairs (p,) by the model and, without gradient, by the reference: (p,2,N) each."""
         n = self.config.samples * self.config.masks
         rows = (pairs[:, None] * 2 * n + torch.arange(2 * n)).flatten()
         own = without_adapters(model) if self.reference is None else nullcontext()
@@ -113,8 +107,8 @@ class VRPO:
         return ours.view(-1, 2, n), theirs.view(-1, 2, n)
 
     def losses(self, model: nn.Module, batch: list[Item], rng: Generator) -> Iterator[Tensor]:
-        """Yield `vrpo_loss` of this process's pairs, in `accumulate` parts. Then `numbers` has the mean score of the
-        batch and the share of pairs whose chosen answer is preferred."""
+        """Yield `vrpo_loss` of this process's pairs, in `accumulate` parts; then set `numbers`: the mean score of the
+        batch, and the share of pairs whose chosen answer is preferred."""
         drawn, config, told = self.draw(batch, rng), self.config, []
         for pairs in shares(model, len(batch), config.accumulate):
             policy, reference = self.bounds(model, drawn, pairs)
