@@ -11,7 +11,7 @@ import torch
 import minillada
 from minillada.sampler import Step
 from minillada.show.page import to_html
-from minillada.show.trace import Trace, overhear
+from minillada.show.trace import Trace
 
 LENGTH = 128
 WAYS = {
@@ -29,28 +29,18 @@ def seconds(work) -> float:
 
 
 def measure(model, tokenizer, options: dict) -> None:
-    """One run: the seconds inside the sampler, and all the others. (Two runs apart differ by more than is sought.)"""
+    """Sample twice in turns, with five rivals a token and without: what a trace costs beside what sampling costs."""
     config = minillada.SampleConfig(gen_len=LENGTH, steps=LENGTH, **{"block_len": 32, **options})
     canvas = minillada.Canvas.continuation([tokenizer.encode("The return value")], LENGTH, model.config)
-    inside, rivals, made = [], {}, []
-
-    def sampled():
-        steps = minillada.stream(model, canvas, config)
-        while True:
-            start = time.process_time()
-            step = next(steps, None)
-            inside.append(time.process_time() - start)
-            if step is None:
-                return
-            yield step
-
-    def trace() -> None:
-        made.append(Trace.record(overhear(model, sampled(), rivals), tokenizer, rivals=rivals))
-
-    sampling = seconds(trace)
-    tracing, sampling = sampling - sum(inside), sum(inside)
+    runs = {rivals: minillada.stream(model, canvas, config, rivals=rivals) for rivals in (0, 5)}
+    spent, kept = dict.fromkeys(runs, 0.0), {rivals: [] for rivals in runs}
+    while not any(steps and steps[-1] is None for steps in kept.values()):
+        for rivals, steps in runs.items():
+            spent[rivals] += seconds(lambda: kept[rivals].append(next(steps, None)))  # noqa: B023
+    made = []
+    tracing = spent[5] - spent[0] + seconds(lambda: made.append(Trace.record(kept[5][:-1], tokenizer)))
     page = seconds(lambda: made.append(to_html(made[0])))
-    print(f"sampling {sampling:.2f} s, tracing {tracing:.3f} s, {tracing / sampling:.1%}; "
+    print(f"sampling {spent[0]:.2f} s, tracing {tracing:.3f} s, {tracing / spent[0]:.1%}; "
           f"page {page:.3f} s, {len(made[1]) / 1e3:.0f} kB")  # fmt: skip
 
 
@@ -63,9 +53,9 @@ def noise(n: int, hold: int, words: int) -> list[Step]:
         hole, committed = x == 0, nothing.clone()
         committed[0, order[step]] = True
         proposed = torch.where(hole, draws[step // hold], x)
-        confidence = torch.rand(x.shape).masked_fill(~hole, torch.nan)
+        p = torch.rand(x.shape).masked_fill(~hole, torch.nan)
         x = torch.where(committed, proposed, x)
-        steps.append(Step(x, proposed, confidence, committed, nothing, slice(0, n), step, step + 1))
+        steps.append(Step(x, proposed, p, p, committed, nothing, slice(0, n), step, step + 1))
     return steps
 
 

@@ -1,4 +1,4 @@
-"""The two ways a user's request can fail, each with a one-line message: `WHAT: expected E, got G; FIX`.
+"""The two ways a request can fail, each with a one-line message, `WHAT: expected E, got G; FIX`, and checks for them.
 
 Scripts turn both into `error: ...` on stderr and exit code 2. Anything else that is raised is a bug of ours.
 """
@@ -26,14 +26,12 @@ def check_whole(what: str, value: object, low: int, high: float = math.inf, fix:
 TINY = 1e-300  # as a lower limit it means: more than zero
 
 
-def check_number(
-    what: str, value: object, low: float = 0.0, high: float = 1e300, fix: str = "choose one of these"
-) -> None:
+def check_number(what: str, value: object, low: float = 0.0, high: float = 1e300) -> None:
     """Raise BadInput unless value is a finite int or float from low to high."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         above = "> 0" if low == TINY else f">= {low:g}"
         span = above if high == 1e300 else f"{above} and <= {high:g}"
-        raise BadInput(f"{what}: expected a finite number {span}, got {value!r}; {fix}")
+        raise BadInput(f"{what}: expected a finite number {span}, got {value!r}; choose one of these")
 
 
 def check_one_of(what: str, value: object, known: Iterable[str]) -> None:
@@ -61,8 +59,6 @@ def named(table: dict[str, Callable], what: str, spec: str) -> object:
         check_number(f"{what} {name}, {parameter}", values[-1])
     return table[name](*values)
 
-
-# ---- what the configurations of the course must fulfil
 
 # The largest value each size may have: far above any published model, far below what would hang a machine.
 LIMITS = {"vocab_size": 2**24, "embedding_size": 2**24, "n_layer": 1024, "n_head": 1024, "n_kv_head": 1024}
