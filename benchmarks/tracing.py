@@ -31,7 +31,8 @@ def seconds(work) -> float:
 def measure(model, tokenizer, options: dict) -> None:
     """Sample twice in turns, with five rivals a token and without: what a trace costs beside what sampling costs."""
     config = minillada.SampleConfig(gen_len=LENGTH, steps=LENGTH, **{"block_len": 32, **options})
-    canvas = minillada.Canvas.continuation([tokenizer.encode("The return value")], LENGTH, model.config)
+    prompt = tokenizer.encode("The return value")[: model.config.max_len - LENGTH]
+    canvas = minillada.Canvas.continuation([prompt], LENGTH, model.config)
     runs = {rivals: minillada.stream(model, canvas, config, rivals=rivals) for rivals in (0, 5)}
     spent, kept = dict.fromkeys(runs, 0.0), {rivals: [] for rivals in runs}
     while not any(steps and steps[-1] is None for steps in kept.values()):
