@@ -14,9 +14,7 @@ from .cli import complain
 
 def chat(args: argparse.Namespace, talker: Talker) -> None:
     """Answer turn after turn until the input ends. A message that cannot be used costs one line, and the chat goes on.
-
-    /reset forgets the turns so far; the oldest ones are forgotten when they no longer fit the model's length.
-    """
+    /reset forgets the turns so far; the oldest ones are forgotten when they no longer fit the model's length."""
     args.quiet = args.quiet or not sys.stdout.isatty()
     c, messages = talker.model.config, []
     length = args.gen_len or min(128, c.max_len // 2)

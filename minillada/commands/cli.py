@@ -90,7 +90,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 def sample_config(args: argparse.Namespace, model: ModelConfig, prompt_len: int, **defaults: object) -> SampleConfig:
     """Return the SampleConfig that was asked for; lengths not given are fitted to prompt and model. Raises BadInput."""
     given = {name: getattr(args, name) for name in (*SAMPLING, *SWITCHES) if getattr(args, name) is not None}
-    chosen = {**defaults, **given}
+    chosen = defaults | given
     for name in sorted({"gen_len", "block_len"} & chosen.keys()):
         check_whole(name, chosen[name], 1)
     method = method_of(SampleConfig(**{name: chosen[name] for name in ("commit", "revise") if name in chosen}))

@@ -74,8 +74,7 @@ def measure(args: argparse.Namespace, talker: Talker) -> dict:
         check_whole("window", length, 1, model.config.max_len)
         if args.gen_len or args.block_len:
             raise BadInput("infill: expected neither --gen-len nor --block-len, the holes decide; leave them out")
-        whole = {"gen_len": length, "block_len": length, "ban_eos": True, "stop_at_eos": False}
-        config = talker.config(args, 0, **whole)
+        config = talker.config(args, 0, gen_len=length, block_len=length, ban_eos=True, stop_at_eos=False)
         tokens = tokenizer.encode(text_of(args, args.infill))
         return evaluate.measure_infilling(model, tokens, config, length, args.n, args.hide, **draws)
     task, encode = make_task(args.task, 0, args.seed, args.n), talker.encode if talker.instruct else None

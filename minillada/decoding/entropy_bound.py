@@ -9,9 +9,7 @@ from .scores import negative_entropy
 
 class EntropyBound(Method):
     """Commit the most holes whose entropies, without the largest of them, add up to at most gamma nats.
-
-    Entropies [.05,.5,.02] and gamma .1, in rising order .02, .05, .5: before each stand 0, .02 and .07 -> all three.
-    """
+    Entropies [.05,.5,.02] and gamma .1, in rising order .02, .05, .5: before each stand 0, .02 and .07 -> all three."""
 
     score = staticmethod(negative_entropy)
 

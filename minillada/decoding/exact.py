@@ -1,7 +1,5 @@
-"""Draw from the model's own distribution, with remasking "random", temperature 1 and one window.
-
-Ancestral (LLaDA, eq. 10) is exact as the steps grow; first-hitting (arXiv:2409.02908), its limit, with a step a token.
-"""
+"""Draw from the model's own distribution, with remasking "random", temperature 1 and one window. Ancestral (LLaDA,
+eq. 10) is exact as the steps grow; first-hitting (arXiv:2409.02908), its limit, with a step a token."""
 
 import torch
 from torch import Tensor

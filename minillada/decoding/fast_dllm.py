@@ -21,9 +21,7 @@ class Threshold(Method):
 
 class Factor(Method):
     """Commit the n surest, with the largest n whose n-th score is at least 1 - f / (n + 1) (from theorem 1).
-
-    Scores [.9,.8,.5] and f 1: the bounds are 1/2, 2/3 and 3/4, so n = 2.
-    """
+    Scores [.9,.8,.5] and f 1: the bounds are 1/2, 2/3 and 3/4, so n = 2."""
 
     def __init__(self, f: float = 1.0) -> None:
         self.f = f
@@ -36,9 +34,7 @@ class Factor(Method):
 
 class WindowCache:
     """Evaluate the whole canvas when a window begins, and then only some columns, with the keys and values of the rest.
-
-    Those go out of date as tokens are committed: an approximation, exact for a model of one layer.
-    """
+    Those go out of date as tokens are committed: an approximation, exact for a model of one layer."""
 
     def __init__(self, predict: Whole, columns: Callable[[slice, int], slice]) -> None:
         self.predict, self.columns = predict, columns  # (window, T) -> the columns computed again

@@ -10,10 +10,8 @@ from ..strategies import COMMITS, Ask, Guess, Now, Quota, probability, surest
 
 class Klass(Quota):
     """Commit the holes that are both sure and steady; where a row has none, the quota's worth of the surest.
-
     Sure: a probability above tau. Steady: KL(prediction now || prediction before) below delta in the last two steps.
-    The paper takes tau 0.6 to 0.9 and delta 0.01 to 0.015, and as many steps as there are tokens.
-    """
+    The paper takes tau 0.6 to 0.9 and delta 0.01 to 0.015, and as many steps as there are tokens."""
 
     score = staticmethod(probability)
 

@@ -2,7 +2,6 @@
 
 This is an approximation: one new token changes what every position computes, and what is reused here is out of date
 until it is renewed. With prompt_every=1 and answer_every=1, or share=1, the logits are the model's own.
-
 Shapes: B rows of the canvas (rows B and above are those that guidance adds), R of them in a question, T sequence, A
 columns that may be renewed in a call, M the most places renewed in a row, N places renewed in all rows.
 """
@@ -21,12 +20,10 @@ from ..strategies import CACHES, Ask, Whole
 class Refresh:
     """Remember each position's key, value and output in every layer, and renew a part of them per call.
 
-    Every prompt_every calls a row's prompt is computed again, every answer_every calls its answer. In between, the
+    A row's prompt is computed again every prompt_every calls, its answer every answer_every calls. In between, the
     first layer, where a value shows nothing of what changed around it, renews the whole answer. Each layer above renews
-    this share of it, rounded up: the places whose new value vector is least like the one held (by cosine).
-
-    All layers renew the place of a token that has changed since the last call, before any other and even beyond the
-    share. With share=0 they renew nothing else.
+    this share of it, rounded up: the places whose new value vector is least like the one held (by cosine). All layers
+    renew the place of a token changed since the last call, first and even beyond the share; with share=0 nothing else.
     """
 
     def __init__(

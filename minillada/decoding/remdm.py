@@ -44,10 +44,8 @@ def rescale(eta: float = 0.015) -> Even:
 
 class Confidence(Quota):
     """Share sigma_max out among a row's tokens by softmax(-probability at commit): the least sure go back first.
-
     The paper fills holes as if sigma were 0, and the share of holes then grows beyond s. Here the holes of a row take
-    on what its tokens give: that needs sigma_max of at most holes * s/t in all, and a hole at all.
-    """
+    on what its tokens give: that needs sigma_max of at most holes * s/t in all, and a hole at all."""
 
     def given_back(self, now: Now) -> Tensor:
         """Return how many tokens of each row go back on average, (R,)."""

@@ -1,7 +1,5 @@
 """WINO (arXiv:2507.18578): commit boldly, check again, and take back what the rest of the text does not support.
-
-Shapes: R rows, T sequence, W window, S shadows.
-"""
+Shapes: R rows, T sequence, W window, S shadows."""
 
 from collections.abc import Callable
 

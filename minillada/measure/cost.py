@@ -4,8 +4,7 @@ from ..model import LLaDA, MoE
 
 
 def n_active_parameters(model: LLaDA) -> int:
-    """Count the parameters that one token is multiplied with: the experts it visits, the head, and not the embedding,
-    which is looked up."""
+    """Count the parameters that multiply a token: the experts it visits, the head, no embedding, as that is looked up."""
     c = model.config
     idle = (c.n_expert - c.n_expert_active) * 3 * c.d_expert * c.d_model
     moe_layers = sum(isinstance(layer.ffn, MoE) for layer in model.layers)
@@ -14,8 +13,7 @@ def n_active_parameters(model: LLaDA) -> int:
 
 
 def flops_per_token(model: LLaDA, length: int) -> int:
-    """Count the floating-point operations of one token's forward pass in a sequence of this length; training takes
-    three times as many."""
+    """Count a token's floating-point operations, forward, in a sequence of this length; training takes 3 times as many."""
     c = model.config
     attention = 4 * c.n_layer * length * c.n_head * c.d_head  # queries with keys, weights with values
     return 2 * n_active_parameters(model) + attention

@@ -47,9 +47,6 @@ def complete(model: nn.Module, canvas: Canvas, config: SampleConfig, seed: int) 
     return x, nfe
 
 
-# ---- a text
-
-
 def measure_text(model: nn.Module, tokenizer: Tokenizer, text: str, **options) -> dict:
     """Measure the `perplexity` of a text, with the options of that function; every figure is an upper bound."""
     found = perplexity(model, text, tokenizer, progress=partial(bar, what="perplexity"), **options)
@@ -57,17 +54,12 @@ def measure_text(model: nn.Module, tokenizer: Tokenizer, text: str, **options) -
     return found._asdict() | derived | ({"standard_error": None} if options.get("n_samples") == 1 else {})
 
 
-# ---- gaps
-
-
 def measure_infilling(
     model: nn.Module, tokens: Ids, config: SampleConfig, length: int,
     n: int = 100, hide: float = 0.15, seed: int = 0, batch_size: int = 8,
 ) -> dict:  # fmt: skip
-    """Hide a random share of the tokens in n evenly spaced windows of a text; measure how many are written right.
-
-    length: tokens of a window, and all that the model sees.
-    """
+    """Hide a random share of the tokens in n evenly spaced windows of a text, each `length` tokens and all that the
+    model sees; measure how many are written right."""
     check_number("hide", hide, 1e-9, 1.0)
     check_whole("n", n, 1)
     x0 = validation_batch(np.array(tokens), n, length)  # (n,T)
@@ -82,9 +74,6 @@ def measure_infilling(
         evaluations.append(nfe)
     found = {"hidden": holes, "length": length, "evaluations": fmean(evaluations)}
     return mean_of([count / holes for count in right]) | found
-
-
-# ---- options
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
@@ -107,9 +96,7 @@ def score_options(
 
 def measure_choices(model: nn.Module, tokenizer: Tokenizer, items: Sequence[dict], **options) -> dict:
     """Measure how often the right option is the likeliest, also with each score divided by the option's characters.
-
-    items: {"prompt", "options", "answer": the number of the right one, from 0}. options: of `score_options`.
-    """
+    items: {"prompt", "options", "answer": the number of the right one, from 0}. options: of `score_options`."""
     pairs = [encode_pair(tokenizer, item["prompt"], option) for item in items for option in item["options"]]
     scores = iter(score_options(model, pairs, **options))
     plain, even = [], []
@@ -137,16 +124,11 @@ def read_choices(path: Path) -> list[dict]:
     return items
 
 
-# ---- tasks
-
-
 def canvas_of(
     model: nn.Module, tokenizer: Tokenizer, encode: Encode, examples: Sequence[Example], gen_len: int
 ) -> tuple[Canvas, list[slice]]:
-    """Make the canvas of a few questions, all with gaps or none; return it with the columns of each answer.
-
-    A gap has as many holes as the answer has tokens.
-    """
+    """Make the canvas of a few questions, all with gaps or none; return it with the columns of each answer. A gap has
+    as many holes as the answer has tokens."""
     c, device = model.config, next(model.parameters()).device
     if not examples[0].after:
         prompts = [encode(example.prompt) for example in examples]
@@ -162,9 +144,7 @@ def measure_task(
     encode: Encode | None = None, seed: int = 0, batch_size: int = 8,
 ) -> tuple[dict, list[dict]]:  # fmt: skip
     """Measure how much of a task's test is answered rightly, by kind of question too; return that and all answers.
-
-    Unless there is an `encode`, a prompt begins a line, as in the text that a task is learned from.
-    """
+    Unless there is an `encode`, a prompt begins a line, as in the text that a task is learned from."""
     encode = encode or (lambda prompt: tokenizer.encode(f"\n{prompt}"))
     scores, records, evaluations = {}, [], []
     groups = [[e for e in task.test if bool(e.after) == gap] for gap in (False, True)]

@@ -70,10 +70,7 @@ def noised_rows(model: nn.Module, pairs: Pairs, n_samples: int, seed: int) -> It
 
 def standard_error(samples: Tensor) -> Tensor:
     """Return the standard errors (N,) of the means of samples (N,n), whose columns are strata in order; NaN if n = 1.
-
-    The mean of stratified samples varies only by the variance within the strata, which the squared differences of
-    neighbours show; the variance over all samples would be too large.
-    """
+    Such a mean varies only by the variance within the strata, which the squared differences of neighbours show."""
     n = samples.shape[1]
     return (samples.diff(dim=1).square().sum(1) / (2 * n * (n - 1))).sqrt() if n > 1 else samples[:, 0] * torch.nan
 
@@ -82,11 +79,10 @@ def standard_error(samples: Tensor) -> Tensor:
 def log_likelihoods(
     model: nn.Module, pairs: Pairs, n_samples: int = 128, seed: int = 0, batch_size: int = 32, cfg_scale: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Estimate the lower bound of log p(answer | prompt) in nats for unequal (prompt, answer) pairs.
+    """Estimate the lower bound of log p(answer | prompt) in nats for unequal pairs, by n_samples masks of each answer.
 
-    Returns the estimates and their standard errors, (N,) each. n_samples: masks for each pair; the prompt is never
-    masked. LLaDA, eq. 14 and algorithm 3. The official code rounds the numbers of masks so that some come twice and
-    others never; here each comes equally often. Raises BadInput.
+    Returns the estimates and their standard errors, (N,) each. LLaDA, eq. 14 and algorithm 3, whose code rounds the
+    numbers of masks so that some come twice and others never; here each comes equally often. Raises BadInput.
     """
     check_whole("n_samples", n_samples, 1)
     check_number("cfg_scale", cfg_scale)
@@ -111,10 +107,8 @@ def log_likelihood(
 
 @torch.no_grad()
 def exact_bound(model: nn.Module, prompt: Ids, answer: Ids, batch_size: int = 256, cfg_scale: float = 0.0) -> float:
-    """Compute the upper bound of -log p(answer | prompt) in nats without sampling, from all 2^L - 1 masks (L <= 16).
-
-    It is the sum of CE(S) / (|S| * C(L, |S|)) over the non-empty sets S of masked positions. Raises BadInput.
-    """
+    """Compute the upper bound of -log p(answer | prompt) in nats without sampling, from all 2^L - 1 masks (L <= 16):
+    the sum of CE(S) / (|S| * C(L, |S|)) over the non-empty sets S of masked positions. Raises BadInput."""
     check_pair(model, prompt, answer)
     length = len(answer)
     if length > 16:
@@ -157,10 +151,8 @@ class Perplexity(NamedTuple):
 
 def strides(tokens: Ids, window: int, stride: int) -> list[Pair]:
     """Cut a text into (context, part) with `stride` tokens in a part and as much context as the window has room for.
-
-    By the chain rule over the parts, the sum of their bounds is a bound for the text.
-    8 tokens, window 4, stride 2 -> ([], 01), (01, 23), (23, 45), (45, 67).
-    """
+    By the chain rule, the sum of the parts' bounds is a bound for the text.
+    8 tokens, window 4, stride 2 -> ([], 01), (01, 23), (23, 45), (45, 67)."""
     starts = range(0, len(tokens), stride)
     return [(tokens[max(0, at + stride - window) : at], tokens[at : at + stride]) for at in starts]
 
@@ -181,8 +173,7 @@ def perplexity(
         raise BadInput("text: expected at least one token, got none; give some text")
     check_whole("window", window := model.config.max_len if window is None else window, 1, model.config.max_len)
     check_whole("stride", stride := max(1, window // 2) if stride is None else stride, 1, window)
-    parts = progress(strides(tokens, window, stride))
-    values, errors = log_likelihoods(model, parts, n_samples, **options)
+    values, errors = log_likelihoods(model, progress(strides(tokens, window, stride)), n_samples, **options)
     nats, error = -values.sum().item(), errors.square().sum().sqrt().item()
     sizes = (len(text), len(text.encode())) if isinstance(text, str) else (None, None)
     return Perplexity(nats, error, len(tokens), *sizes, window, stride)
@@ -192,14 +183,13 @@ def perplexity(
 def confidence_scores(
     model: nn.Module, pairs: Pairs, batch_size: int = 32, cfg_scale: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Score answers by filling their tokens in one at a time: L evaluations and no sampling.
+    """Score answers by filling their tokens in one at a time: L evaluations and no sampling. Each step fills the hole
+    where the model gives the answer's own token the highest log-probability, and adds that to the score.
 
-    Each step fills the hole where the model gives the answer's own token the highest log-probability, and adds that to
-    the score. Returns the scores (N,), to rank the options of a question by, and greedy (N,) bool: whether
-    low-confidence remasking at temperature 0, a token per step in one window, would write the answer.
-
-    The order is chosen with the answer in view, so a score is no bound. It is our reading of iLLaDA's "confidence-based
-    scoring" for multiple choice (arXiv:2606.25331), whose code is not public.
+    Returns the scores (N,), to rank the options of a question by, and greedy (N,) bool: whether low-confidence
+    remasking at temperature 0, a token per step in one window, would write the answer. The order is chosen with the
+    answer in view, so a score is no bound. It is our reading of iLLaDA's "confidence-based scoring" for multiple choice
+    (arXiv:2606.25331), whose code is not public.
     """
     c, device, pairs = model.config, next(model.parameters()).device, iter(pairs)
     scores, greedy = [torch.empty(0, dtype=torch.double)], [torch.empty(0, dtype=torch.bool)]

@@ -3,8 +3,7 @@
     python -m minillada lm_eval run --model minillada --model_args pretrained=RUN_OR_ID,mc_num=128
         --include_path examples/lm_eval --tasks toy_choices,toy_text,toy_sums
 
-This is the harness's own command, to which our model is added. Options are named as in LLaDA's official adapter.
-Log-likelihoods are lower bounds, so perplexities are upper bounds.
+This is the harness's own command with our model. Log-likelihoods are lower bounds, so perplexities are upper bounds.
 """
 
 from collections.abc import Sequence

@@ -76,8 +76,7 @@ class MiniLLaDA(Adapter, BaseModel):
         if self.in_chat:
             raise BadInput("chat: expected an answer to predict, got none; let a role of the template generate")
         if mask_length is None:
-            found = [self.perplexity(text) for text in inputs]
-            return np.array([one.nats / one.tokens for one in found])
+            return np.array([found.nats / found.tokens for found in map(self.perplexity, inputs)])
         rows = zip(self.tokenizer.encode_batch(inputs), mask_length, strict=True)
         return self.per_token([self.fit(ids[:given], ids[given:]) for ids, given in rows])
 
@@ -115,10 +114,8 @@ class MiniLLaDA(Adapter, BaseModel):
 def messages(prompt: Prompt) -> list[Message]:
     """Return the rounds of a prompt as messages; neighbouring rounds of one role become one message."""
     rounds = [{"role": "HUMAN", "prompt": prompt}] if isinstance(prompt, str) else [r for r in prompt if r["prompt"]]
-    return [
-        {"role": ROLES[role], "content": "\n".join(r["prompt"] for r in same)}
-        for role, same in groupby(rounds, key=itemgetter("role"))
-    ]
+    turns = groupby(rounds, key=itemgetter("role"))
+    return [{"role": ROLES[role], "content": "\n".join(r["prompt"] for r in same)} for role, same in turns]
 
 
 class Choices(BaseDataset):

@@ -1,9 +1,7 @@
 """Train and use the same Transformer as an autoregressive model (causal mask, next-token loss), for comparison.
 
 [MASK] begins every sequence, so all T tokens of a row are predicted, as in the bound of diffusion.py. That is an upper
-bound, while the nats here are exact. Training differs in the loss alone:
-
-    model = LLaDA(config); loss = twin_loss(model, x0); loss.backward()
+bound, while the nats here are exact. Training differs in the loss alone: `twin_loss(model, x0).backward()`.
 
 Shapes: B batch, T sequence, N pairs, V vocabulary.
 """
@@ -54,10 +52,8 @@ def twin_log_likelihoods(model: nn.Module, pairs: Sequence[Pair], batch_size: in
 def twin_generate(
     model: nn.Module, prompts: Sequence[Ids], gen_len: int, temperature: float = 0.0, seed: int = 0, stop_ids: Ids = ()
 ) -> list[list[int]]:
-    """Generate gen_len tokens after each of several unequal prompts; cut each answer before its first stop id.
-
-    Keys and values are cached. That is exact here, because what stands before a token never changes.
-    """
+    """Generate gen_len tokens after each of several unequal prompts; cut each answer before its first stop id. Caching
+    keys and values is exact here, because what stands before a token never changes."""
     c, device = model.config, next(model.parameters()).device
     longest = max(map(len, prompts), default=0)
     if not prompts or longest + gen_len > c.max_len:

@@ -67,8 +67,7 @@ def document(trace: Trace) -> dict:
 def to_html(trace: Trace, title: str = "minillada") -> str:
     """Make one page that needs nothing else: a slider, a player, and for each token how it came about."""
     page, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.html", "page.js"))
-    style = re.search("<style>(.*)</style>", page, re.DOTALL)[1]
-    allowed = {"script": script, "style": style}
+    allowed = {"script": script, "style": re.search("<style>(.*)</style>", page, re.DOTALL)[1]}
     hashes = {k: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for k, text in allowed.items()}
     parts = {
         "POLICY": "default-src 'none'; " + "; ".join(f"{kind}-src 'sha256-{hash}'" for kind, hash in hashes.items()),
@@ -190,8 +189,7 @@ def to_gif(trace: Trace, width: int = 80, most: int = 150) -> bytes:
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSansMono.ttf", 14)
     (places, n_lines), lives, n = cells(trace, width), states(trace), trace.n_steps
     moments = np.unique(np.linspace(0, n, min(n, most) + 1).round().astype(int)).tolist()
-    size = (round(2 * PAD + width * WIDE), round(2 * PAD + n_lines * HIGH))
-    frames = []
+    size, frames = (round(2 * PAD + width * WIDE), round(2 * PAD + n_lines * HIGH)), []
     for before, done in zip([-1, *moments], moments, strict=False):
         frame = Image.new("RGB", size, "#16181d")
         pen = ImageDraw.Draw(frame)
@@ -209,8 +207,7 @@ def to_gif(trace: Trace, width: int = 80, most: int = 150) -> bytes:
         frames.append(frame)
     palette = frames[len(frames) // 2].quantize(32)
     small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    each = max(20, round(1000 * seconds(trace) * n / len(frames)))
-    buffer = io.BytesIO()
+    each, buffer = max(20, round(1000 * seconds(trace) * n / len(frames))), io.BytesIO()
     durations = [round(1000 * LEAD), *[each] * (len(small) - 2), round(1000 * HOLD)][-len(small) :]
     small[0].save(buffer, "GIF", save_all=True, append_images=small[1:], duration=durations, loop=0)
     return buffer.getvalue()
@@ -221,7 +218,7 @@ def to_order(trace: Trace) -> bytes:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure, buffer = Figure(figsize=(8, 4.5), layout="constrained"), io.BytesIO()
     axes = figure.add_subplot()
     there, back = (trace.kind == COMMITTED) & ~np.isnan(trace.probability), trace.kind == REVISED
     colours = LinearSegmentedColormap.from_list("", ["#f08c1a", "#2a62c9"])
@@ -234,7 +231,6 @@ def to_order(trace: Trace) -> bytes:
     axes.set(xlabel="position", ylabel="step", xlim=(-1, len(trace.given)), ylim=(trace.n_steps + 1, 0))
     axes.spines[["top", "right"]].set_visible(False)
     figure.colorbar(dots, label="probability when committed")
-    buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
 

@@ -6,11 +6,9 @@ from statistics import fmean
 
 
 def loss_curve(run: Path) -> Path | None:
-    """Draw RUN/log.jsonl as RUN/loss.png and return its path; None where matplotlib is not installed.
-
-    Left, the loss and the held-out figure by step. Right, if the evaluations logged "levels"
-    [[t, nats per masked token], ...], the loss by masking level at the first, the middle and the last of them.
-    """
+    """Draw RUN/log.jsonl as RUN/loss.png and return its path; None where matplotlib is not installed. Left, the loss
+    and the held-out figure by step. Right, if the evaluations logged "levels" [[t, nats per masked token], ...], the
+    loss by masking level at the first, the middle and the last of them."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -21,8 +19,7 @@ def loss_curve(run: Path) -> Path | None:
     panels = figure.subplots(1, 2 if evaluations else 1, squeeze=False)[0]
     for axes, draw, data in zip(panels, (draw_steps, draw_levels), (records, evaluations), strict=False):
         draw(axes, data)
-        above = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
-        axes.legend(frameon=False, ncols=3, columnspacing=1.2, **above)
+        axes.legend(frameon=False, ncols=3, columnspacing=1.2, loc="lower left", bbox_to_anchor=(0, 1))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.92")
         axes.set_axisbelow(True)

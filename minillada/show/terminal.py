@@ -49,9 +49,7 @@ def pieces(
     tokens: list[int], held: list[float], new: list[bool], back: list[bool], tokenizer: Tokenizer
 ) -> list[tuple[Kind, str]]:
     """Cut a row of the canvas into texts of one kind; neighbours stay together, as one token may be half a letter.
-
-    held: each token's probability when it was committed; NaN for the given. new, back: committed, taken back now.
-    """
+    held: each token's probability when it was committed; NaN for the given. new, back: committed, taken back now."""
     parts = []
     kinds = [(kind_of(t, p, b, tokenizer.mask_id), n) for t, p, n, b in zip(tokens, held, new, back, strict=True)]
     for kind, places in groupby(range(len(tokens)), key=kinds.__getitem__):
@@ -91,11 +89,9 @@ def watch(
     row: int = 0, stages: int = 5, start: int = 0, pause: float = 0.0,
 ) -> Iterator[Step]:  # fmt: skip
     """Yield the same steps, each drawn: in a terminal over the one before, elsewhere a few stages one below the other.
-
     What was committed in a step is reversed, what was taken back is red; green, yellow and magenta say how probable a
     token was when it was committed. NO_COLOR and TERM=dumb are honoured. start: the first column to draw. pause:
-    seconds to hold each step. Until the last step, a canvas taller than the terminal shows its end alone.
-    """
+    seconds to hold each step. Until the last step, a canvas taller than the terminal shows its end alone."""
     out = out or sys.stdout
     live = out.isatty() and os.environ.get("TERM") != "dumb"
     colour = live and "NO_COLOR" not in os.environ

@@ -1,7 +1,5 @@
 """Turn a run of `Step`s into events: which token was proposed, committed or taken back, where, when, how probable.
-
-Shapes: S steps, T sequence, E events.
-"""
+Shapes: S steps, T sequence, E events."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,11 +18,8 @@ LONGEST = 8  # tokens that one character may be spread over
 
 @dataclass(frozen=True)
 class Trace:
-    """Hold what happened to one row of a canvas. Make one with `record`.
-
-    The events (E,) are sorted by position, then step, then kind, which is their order within a step. A proposal is an
-    event only where it differs from that of the step before.
-    """
+    """Hold what happened to one row of a canvas; `record` makes one. Events (E,) are sorted by position, step and kind,
+    which is their order within a step. A proposal is an event only where it differs from that of the step before."""
 
     tokenizer: Tokenizer
     given: np.ndarray  # (T,) the canvas before the first step
@@ -39,10 +34,7 @@ class Trace:
 
     @classmethod
     def record(cls, steps: Iterable[Step], tokenizer: Tokenizer, row: int = 0, start: int = 0) -> "Trace":
-        """Collect the events of a row from column start on; rivals too, if the steps have some.
-
-        Raises BadInput if there are no steps.
-        """
+        """Collect the events of a row from column start on, rivals too if there are some. Raises BadInput without steps."""
         names = ("x", "proposed", "probability", "committed", "revised")
         kept, rivals = [], {}
         for step in steps:
