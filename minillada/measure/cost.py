@@ -4,7 +4,7 @@ from ..model import LLaDA, MoE
 
 
 def n_active_parameters(model: LLaDA) -> int:
-    """Count the parameters that multiply a token: the experts it visits, the head, no embedding, as that is looked up."""
+    """Count the parameters that multiply a token: its experts and the head, not the embedding, which is looked up."""
     c = model.config
     idle = (c.n_expert - c.n_expert_active) * 3 * c.d_expert * c.d_model
     moe_layers = sum(isinstance(layer.ffn, MoE) for layer in model.layers)
@@ -13,7 +13,7 @@ def n_active_parameters(model: LLaDA) -> int:
 
 
 def flops_per_token(model: LLaDA, length: int) -> int:
-    """Count a token's floating-point operations, forward, in a sequence of this length; training takes 3 times as many."""
+    """Count a token's floating-point operations forward, in a sequence of this length; training takes three times."""
     c = model.config
     attention = 4 * c.n_layer * length * c.n_head * c.d_head  # queries with keys, weights with values
     return 2 * n_active_parameters(model) + attention

@@ -34,7 +34,7 @@ class Trace:
 
     @classmethod
     def record(cls, steps: Iterable[Step], tokenizer: Tokenizer, row: int = 0, start: int = 0) -> "Trace":
-        """Collect the events of a row from column start on, rivals too if there are some. Raises BadInput without steps."""
+        """Collect the events of a row from column start on, rivals too if it has some. Raises BadInput if no steps."""
         names = ("x", "proposed", "probability", "committed", "revised")
         kept, rivals = [], {}
         for step in steps:
