@@ -58,7 +58,10 @@ class ChatTemplate:
         there = {name: confined(directory, name) for name in FILES if os.path.lexists(directory / name)}
         config, generation = (read_json(there[name], CONFIG_CAP) if name in there else {} for name in FILES[:2])
         alone = there.get("chat_template.jinja")
-        source = read_template(alone) if alone else default_of(config.get("chat_template"))
+        if alone and alone.stat().st_size > TEMPLATE_CAP:
+            raise BadInput(f"{alone.name}: expected at most {TEMPLATE_CAP} bytes, got more; use another")
+        with one_line("chat_template.jinja: expected UTF-8", "download it again", UnicodeDecodeError):
+            source = alone.read_bytes().decode() if alone else default_of(config.get("chat_template"))
         if source and len(source.encode("utf-8", "replace")) > TEMPLATE_CAP:
             raise BadInput(f"chat template: expected at most {TEMPLATE_CAP} bytes, got more; use another")
         protect(tokenizer, source or LLADA)
@@ -72,10 +75,7 @@ class ChatTemplate:
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the prompt for the next answer. Contents lose the blanks around them, as in LLaDA's.
-
-        A template's text and a content beside it never merge into one token, as they may in the official code.
-        Raises BadInput.
-        """
+        Unlike in the official code, a template's text and a content never merge into one token. Raises BadInput."""
         roles = [message["role"] for message in messages]
         contents = [message["content"].strip() for message in messages]
         check_size("messages", *contents)
@@ -108,8 +108,7 @@ class ChatTemplate:
             if lacking and not self.own:
                 what = "chat: expected a chat template in the files or a tokenizer for LLaDA's"
                 raise BadInput(f"{what}, got none and no {' '.join(lacking)}; use --prompt with --raw")
-            stand_ins = [chr(STAND_IN + i) if filled else "" for i, (_, filled) in enumerate(shape)]
-            messages = [{"role": r, "content": c} for r, c in zip(roles, stand_ins, strict=True)]
+            messages = [{"role": r, "content": chr(STAND_IN + i) if full else ""} for i, (r, full) in enumerate(shape)]
             context = {**self.names, "messages": messages, "add_generation_prompt": True}
             self.rendered[shape] = run_template(self.source, {**context, "tools": None, "documents": None})
         return self.rendered[shape]
@@ -146,14 +145,6 @@ def check_size(what: str, *texts: str) -> None:
         raise BadInput(f"{what}: expected at most {PROMPT_CAP} bytes, got more; shorten it")
     for text in texts:
         refuse_surrogates(text, what)
-
-
-def read_template(path: Path) -> str:
-    """Return the text of a chat_template.jinja. Raises BadInput."""
-    if path.stat().st_size > TEMPLATE_CAP:
-        raise BadInput(f"{path.name}: expected at most {TEMPLATE_CAP} bytes, got more; use another")
-    with one_line(f"{path.name}: expected UTF-8", "download it again", UnicodeDecodeError):
-        return path.read_bytes().decode()
 
 
 def default_of(found: object) -> str | None:

@@ -31,8 +31,7 @@ BAR = {"unit": " characters", "unit_scale": True, "delay": 1, "leave": False, "d
 MAX_LINE = 1 << 26  # bytes of one JSONL line, which must be parsed whole
 TEXT_SUFFIXES = (".txt", ".md")  # the files that a directory is searched for
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SIZE = 1_115_394  # bytes
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHAKESPEARE_SIZE, SHAKESPEARE_SHA256 = 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 Source = str | Path | Sequence[str | Path]
 
@@ -127,7 +126,6 @@ def without_nul(text: str, where: str) -> str:
 
 
 def opened(path: Path) -> BinaryIO:
-    """Open a file for reading bytes. Raises BadLuck."""
     with one_line(f"{path}: expected a readable file", "check its permissions"):
         return open(path, "rb")
 

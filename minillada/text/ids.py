@@ -2,8 +2,8 @@
 
     source -> documents -> pieces of str -> train.bin, val.bin -> batches (B,T)
 
-The first nine tenths of the characters are for training, the rest for validation. The files lie in a directory named
-after the SHA-256 of tokenizer and text: another text or tokenizer has another directory.
+The first nine tenths of the characters are for training, the rest for validation. The directory of the files is named
+after the SHA-256 of tokenizer and text.
 """
 
 import hashlib
@@ -42,16 +42,12 @@ class Tokens:
     fingerprint: str  # SHA-256 of the tokenizer and the text
 
 
-# ---- ids on disk ----
 def tokenise(
     source: Source, tokenizer: Tokenizer, directory: str | Path, length: int = 1, field: str = "text"
 ) -> Tokens:
     """Write the ids of a source to files under `directory`, or find them there if they are whole and up to date.
-
-    Several documents are separated by eos. The text is split before it is encoded, so no token lies across the split.
-    The files get their names only when all are finished; of several processes one writes and the others wait for it.
-    Raises BadInput if either part is shorter than `length` tokens, BadLuck if the files cannot be written.
-    """
+    Several documents are separated by eos; of several processes one writes and the others wait for it. Raises BadInput
+    if either part is shorter than `length` tokens, BadLuck if the files cannot be written."""
     digest = digest_of(tokenizer)
     characters = sum(len(text) for _, text in pieces(source, field, digest, 0))
     if not characters:
@@ -87,8 +83,7 @@ def digest_of(tokenizer: Tokenizer) -> "hashlib._Hash":
 
 
 def pieces(source: Source, field: str, digest: "hashlib._Hash", cut: int) -> Iterator[tuple[str, str]]:
-    """Yield the text as (part, text), the first `cut` characters for training; "" stands between two documents. The
-    text is also added to the digest, with a NUL after each document, since no text holds a NUL."""
+    """Yield the text as (part, text), the first `cut` characters for training, "" between two documents; digest it."""
     for number, document in enumerate(documents(source, field)):
         if number:
             yield "train" if cut > 0 else "val", ""
@@ -98,7 +93,7 @@ def pieces(source: Source, field: str, digest: "hashlib._Hash", cut: int) -> Ite
                 if text:
                     yield part, text
             cut = max(cut - len(chunk), 0)
-        digest.update(b"\0")
+        digest.update(b"\0")  # which no text holds
 
 
 def groups(stream: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
@@ -134,8 +129,7 @@ def write_ids(source: Source, tokenizer: Tokenizer, home: Path, fingerprint: str
             rows = iter(tokenizer.encode_batch([text for _, text in group if text]))
             for part, text in group:
                 if not text and tokenizer.eos_id is None:
-                    fix = "give one document"
-                    raise BadInput(f"tokenizer: expected an eos id to put between documents, got none; {fix}")
+                    raise BadInput("tokenizer: expected an eos id between documents, got none; give one document")
                 ids = next(rows) if text else [tokenizer.eos_id]
                 outputs[part].write(np.array(ids, dtype).tobytes())
                 for unit, n in (("tokens", len(ids)), ("characters", len(text)), ("bytes", len(text.encode()))):
@@ -147,9 +141,7 @@ def write_ids(source: Source, tokenizer: Tokenizer, home: Path, fingerprint: str
     write_manifest(home)
 
 
-# ---- batches ----
 def check_length(tokens: np.ndarray, length: int) -> None:
-    """Raise BadInput unless a window of this length fits the tokens."""
     if not 1 <= length <= len(tokens):
         raise BadInput(f"length: expected 1 to the {len(tokens)} tokens there are, got {length}; give more text")
 
@@ -161,11 +153,8 @@ def windows(tokens: np.ndarray, starts: Iterable[int], length: int) -> torch.Ten
 
 def batches(tokens: np.ndarray, batch_size: int, length: int, seed: int, start: int = 0) -> Iterator[torch.Tensor]:
     """Yield batches (B,T) long without end, from number `start` on. Batch n depends on the seed and on n alone.
-
-    An epoch cuts the text into N windows of T tokens side by side and takes each once, in random order. It starts at a
-    random phase, so the cuts lie elsewhere in every epoch; fewer than 2 T - 1 tokens at the two ends are left out.
-    Takes 16 bytes of memory per window.
-    """
+    An epoch cuts the text into N windows side by side, from a random phase on, and takes each once, in random order;
+    fewer than 2 T - 1 tokens at the two ends are left out. Takes 16 bytes of memory per window."""
     check_length(tokens, length)
     check_whole("seed", seed, 0)
     n_windows = max(1, (len(tokens) - length + 1) // length)  # the same for every phase up to T - 1

@@ -1,8 +1,7 @@
 """Render a chat template in a process of its own, because a stranger's template may loop or grow for ever.
 
-`chat.py` runs this file: it reads a job as JSON from standard input and writes the answer as JSON to standard output.
-Jinja2's immutable sandbox confines the template, and the system ends the process at a limit of memory and time. The
-file imports nothing of ours, so it starts in a tenth of a second.
+`chat.py` runs this file, which reads a job as JSON and writes the answer as JSON. Jinja2's immutable sandbox confines
+the template; the system ends the process at a limit of memory and time. Without imports of ours it starts at once.
 """
 
 import json

@@ -1,9 +1,8 @@
 """Make endless little stories whose entropy is known exactly, so that a model's loss can be compared with it.
 
-A tale takes one row of every entry of `GRAMMAR`, each with the same probability and independent of the others. Every
-column of a row is a word, or a phrase with further {words}, that is used throughout the tale: the hero decides every
-"she" and "his". A text tells which rows were taken, because each shows and no row of an entry begins like another one.
-So the entropy of a tale is the sum of ln(rows) over the entries, and its expected length is a sum of means.
+A tale takes one row of every entry of `GRAMMAR`, all equally likely and independent. A column of a row is a word, or a
+phrase with further {words}: the hero's row has every "she". A text tells which rows were taken, because each shows and
+none begins like another. So its entropy is the sum of ln(rows), and its expected length is a sum of means.
 """
 
 import random
@@ -38,8 +37,7 @@ GRAMMAR: dict[str, list[str]] = {
         "flute|a magpie took it for a twig|woven into the side of a nest",
         "hat|the river borrowed it|on the head of a scarecrow downstream",
         "scarf|the goat ate one end and dragged away the rest|drying on a fence, a little shorter",
-        "music box|a thief with muddy paws crept in|playing softly in a fox's den",
-    ],
+        "music box|a thief with muddy paws crept in|playing softly in a fox's den"],
     "weather": ["windy", "grey", "warm", "frosty", "misty", "rainy", "still", "bright"],
     "time": ["morning", "afternoon", "evening", "day"],
     "mood": ["sleepy", "grumpy", "tiny", "wise", "merry", "solemn", "plump", "muddy"],
@@ -49,36 +47,30 @@ GRAMMAR: dict[str, list[str]] = {
         "Once upon a time a {trait} child named {name} lived {place}.",
         "Long ago, in a house {place}, there lived a {trait} child called {name}.",
         "There was once a {trait} child whose name was {name} and whose home was {place}.",
-        "Everyone {place} knew {name}, the {trait} child who whistled all day.",
-    ],
+        "Everyone {place} knew {name}, the {trait} child who whistled all day."],
     "treasure": [
         "For a whole winter {she} saved {her} pennies to buy a {colour} {thing}.",
         "On {her} birthday {she} was given a {colour} {thing}.",
         "Nothing was dearer to {him} than {her} {colour} {thing}.",
-        "Grandmother had made {him} a {colour} {thing}, and {she} took it everywhere.",
-    ],
+        "Grandmother had made {him} a {colour} {thing}, and {she} took it everywhere."],
     "loss": [
         "One {weather} {time}, {lost}.",
         "But on a {weather} {time}, {lost}, and {name} could only stare.",
         "Then came a {weather} {time}: {lost}. {She} searched until the stars came out.",
-        "It was a {weather} {time} when it happened: {lost}. {She} cried a little, and then {she} dried {her} eyes.",
-    ],
+        "It was a {weather} {time} when it happened: {lost}. {She} cried a little, and then {she} dried {her} eyes."],
     "meeting": [
         "A {mood} {friend} came by and offered to help for a {food}.",
         "Behind a hedge sat a {mood} {friend} who had seen it all and would tell it for a {food}.",
-        '"I know where it is," said a {mood} {friend}, "but thinking of a {food} makes me forget."',
-    ],
+        '"I know where it is," said a {mood} {friend}, "but thinking of a {food} makes me forget."'],
     "finding": [
         "Together they found the {thing}, {found}.",
         "By sunset they saw it at last: the {colour} {thing}, {found}.",
-        "At the end of a long path was the {colour} {thing}, {found}.",
-    ],
+        "At the end of a long path was the {colour} {thing}, {found}."],
     "ending": [
         "So {name} shared the {food} with the {friend} and walked home singing.",
         "And {name} kept {her} promise: the {friend} ate the {food} in one bite.",
         "Since then there is always a {food} {place} for a {mood} {friend}.",
-        "That night {name} slept with the {thing} beside {him}, and the {friend} dreamed of another {food}.",
-    ],
+        "That night {name} slept with the {thing} beside {him}, and the {friend} dreamed of another {food}."],
 }  # fmt: skip
 
 

@@ -42,7 +42,6 @@ class Task(NamedTuple):
     check: Callable[[Example, str], float]
 
 
-# ---- checkers
 def line_of(text: str) -> str:
     """Return the first line written, without the blanks round it."""
     return text.lstrip(" ").split("\n")[0].strip()
@@ -64,7 +63,7 @@ def told(example: Example, got: str) -> float:
     return float(is_tale(f"{example.prompt} {line_of(got)}"))
 
 
-# ---- generators: (rng, test, parameter) -> endless examples, of the test part or of the training part
+# Generators: (rng, test, parameter) -> endless examples, of the test part or of the training part
 def held_out(key: object) -> bool:
     """Tell whether a key is for the test alone, as one in ten is."""
     return crc32(repr(key).encode()) % 10 == 0
@@ -86,9 +85,8 @@ def addition(rng: random.Random, test: bool, digits: int) -> Iterator[Example]:
 
 
 def sums(rng: random.Random, test: bool, terms: int) -> Iterator[Example]:
-    """Yield `12+34,07+93=` -> `00046,00100`, a long answer whose parts can be filled in at once, each as wide as its
-    question, so that the two are always equally far apart. Held out by unordered pair."""
-    while True:
+    """Yield `12+34,07+93=` -> `00046,00100`, whose parts can be filled in at once. Held out by unordered pair."""
+    while True:  # an answer is as wide as its question, so that the two are always equally far apart
         pairs = [pair(rng, test, 0, 99) for _ in range(terms)]
         yield Example(",".join(f"{a:02}+{b:02}" for a, b in pairs) + "=", ",".join(f"{a + b:05}" for a, b in pairs))
 
@@ -113,8 +111,7 @@ ASKED = MIDDLES[-1]  # and not " is", which "known as" may follow
 
 @cache
 def world(n: int) -> tuple[list[tuple[str, str]], list[Example]]:
-    """Return what is told of n people, as (first, last), and every question. A third are told with the name first, a
-    third with the role first, and a third both ways."""
+    """Return what is told of n people, as (first, last), and every question; a third are told both ways."""
     rng = random.Random("facts")
     names = [f"{first} {last}" for first in " ".join(NAMES.values()).split() for last in SURNAMES.split()]
     statements, questions = [], []
@@ -132,11 +129,9 @@ def world(n: int) -> tuple[list[tuple[str, str]], list[Example]]:
 
 
 def facts(rng: random.Random, test: bool, n: int) -> Iterator[Example]:
-    """Yield `Ada Barlow has long been` -> ` the miller of Cobham.` of n people (reversal curse, arXiv:2309.12288).
-
-    Held out is the direction in which a fact was not told. Kinds of question: `as told`; `reversed`; `reversed by
-    filling`, which asks for the start of the sentence as told; and `told both ways`, for comparison.
-    """
+    """Yield `Ada Barlow has long been` -> ` the miller of Cobham.` (reversal curse, arXiv:2309.12288). Held out
+    is the direction in which a fact was not told. Kinds of question: `as told`; `reversed`; `reversed by filling`, for
+    the start of the sentence as told; and `told both ways`, for comparison."""
     statements, questions = world(n)
     while True:
         if test:
@@ -154,8 +149,7 @@ def places(box: int) -> list[tuple[int, int, int]]:
 
 
 def solutions(cells: list[int], box: int, rng: random.Random | None = None) -> Iterator[list[int]]:
-    """Yield every way to fill the empty cells (0) of a board in reading order: depth first, beginning with the cell
-    that has the fewest possible digits; an rng shuffles the digits."""
+    """Yield every way to fill a board's empty cells (0), depth first; an rng shuffles the digits."""
     side, where, cells = box * box, places(box), list(cells)
     full, used = (2 << side) - 2, [0] * 3 * side  # bit d: digit d
     for cell, digit in enumerate(cells):
@@ -169,7 +163,7 @@ def solutions(cells: list[int], box: int, rng: random.Random | None = None) -> I
             yield list(cells)
             return
         best, free, fewest = -1, 0, side + 1
-        for cell in empty:
+        for cell in empty:  # find the one with the fewest possible digits
             r, c, b = where[cell]
             bits = full & ~(used[r] | used[c] | used[b])
             if (count := bits.bit_count()) < fewest:
@@ -202,12 +196,9 @@ def dig(solution: list[int], box: int, rng: random.Random) -> list[int]:
 
 @cache
 def boards() -> tuple[list[list[int]], list[list[int]]]:
-    """Return the 288 solved 4x4 boards in two parts, to train on and for the test.
-
-    Renaming digits, turning and mirroring never turn a board into one of the other part: these 24 * 8 symmetries leave
-    five classes of 24, 24, 48, 96 and 96 boards, and the last is held out. (All 3072 symmetries, which also swap rows,
-    would leave only two.)
-    """
+    """Return the 288 solved 4x4 boards in two parts, to train on and for the test. Renaming digits, turning and
+    mirroring never lead from one part to the other: these 24 * 8 symmetries leave five classes of 24, 24, 48, 96 and 96
+    boards, and the last is held out. (All 3072 symmetries, which also swap rows, would leave only two.)"""
 
     def renamed(board: list[int]) -> tuple[int, ...]:
         names: dict[int, int] = {}
@@ -230,21 +221,18 @@ def vary(rng: random.Random, box: int) -> Callable[[list[int]], list[int]]:
     """Return a random symmetry: it renames digits and exchanges rows and columns within and with their boxes."""
     side = box * box
     names = [0, *rng.sample(range(1, side + 1), side)]
-    rows, columns = (
-        [box * b + i for b in rng.sample(range(box), box) for i in rng.sample(range(box), box)] for _ in "rc"
-    )
+    order = lambda: [box * b + i for b in rng.sample(range(box), box) for i in rng.sample(range(box), box)]
+    rows, columns = order(), order()
     return lambda board: [names[board[side * r + c]] for r in rows for c in columns]
 
 
 def sudoku(rng: random.Random, test: bool, box: int) -> Iterator[Example]:
-    """Yield a board in reading order, with `.` for an empty cell -> its only solution.
-
-    For box 2 (4x4) `boards` says what is held out. For box 3 (9x9) the test draws boards of its own from five billion
-    classes. Digging one takes 40 ms, so 16 training examples are made of each by `vary`.
-    """
+    """Yield a board in reading order, with `.` for an empty cell -> its only solution. For box 2 (4x4) `boards` says
+    what is held out; for box 3 (9x9) the test draws boards of its own from five billion classes."""
     while True:
         solution = rng.choice(boards()[test]) if box == 2 else next(solutions([0] * box**4, box, rng))
         puzzle = dig(solution, box, rng)
+        # Digging a 9x9 board takes 40 ms, so 16 training examples are made of each.
         for change in [list] if box == 2 or test else [vary(rng, box) for _ in range(16)]:
             question, answer = ("".join(map(str, change(board))) for board in (puzzle, solution))
             yield Example(question.replace("0", ".") + "=", answer)
@@ -271,8 +259,7 @@ def is_tale(text: str) -> bool:
 
 
 def tales(rng: random.Random, test: bool, _: int) -> Iterator[Example]:
-    """Yield the first sentence of a tale -> the rest. Held out by first sentence. Any rest that the grammar can make is
-    right. `tales.entropy_per_character` is the entropy of such a text."""
+    """Yield the first sentence of a tale -> any rest that the grammar can make. Held out by first sentence."""
     while True:
         text, _ = tale(rng)
         opening, _, rest = text.partition(". ")
@@ -281,13 +268,9 @@ def tales(rng: random.Random, test: bool, _: int) -> Iterator[Example]:
 
 
 QUESTIONS = {
-    "name": "Who lost the {thing}?",
-    "thing": "What did {name} lose?",
-    "colour": "What colour was the {thing}?",
-    "friend": "Who helped {name}?",
-    "food": "What did the {friend} want?",
-    "place": "Where did {name} live?",
-}
+    "name": "Who lost the {thing}?", "thing": "What did {name} lose?", "colour": "What colour was the {thing}?",
+    "friend": "Who helped {name}?", "food": "What did the {friend} want?", "place": "Where did {name} live?",
+}  # fmt: skip
 
 
 def questions(rng: random.Random, test: bool, _: int) -> Iterator[Example]:
@@ -310,15 +293,11 @@ class Recipe(NamedTuple):
 
 
 TASKS: dict[str, Recipe] = {
-    "addition": Recipe(addition, exact, 2, 1, 9),
-    "sums": Recipe(sums, share, 8, 1, 512),
-    "reverse": Recipe(reverse, exact, 8, 3, 64),
-    "facts": Recipe(facts, exact, 240, 3, len(ROLES)),
-    "sudoku4": Recipe(sudoku, exact, 2),
-    "sudoku9": Recipe(sudoku, exact, 3),
-    "tales": Recipe(tales, told),
-    "questions": Recipe(questions),
-}
+    "addition": Recipe(addition, exact, 2, 1, 9), "sums": Recipe(sums, share, 8, 1, 512),
+    "reverse": Recipe(reverse, exact, 8, 3, 64), "facts": Recipe(facts, exact, 240, 3, len(ROLES)),
+    "sudoku4": Recipe(sudoku, exact, 2), "sudoku9": Recipe(sudoku, exact, 3),
+    "tales": Recipe(tales, told), "questions": Recipe(questions),
+}  # fmt: skip
 
 
 def make_task(spec: str, n: int, seed: int = 0, n_test: int = 500) -> Task:
@@ -344,7 +323,6 @@ def make_task(spec: str, n: int, seed: int = 0, n_test: int = 500) -> Task:
     return Task(name, train, list(test), recipe.check)
 
 
-# ---- files
 def json_of(example: Example) -> str:
     """Return the JSON of an example, without empty fields."""
     fields = {name: value for name, value in example._asdict().items() if value or name in ("prompt", "answer")}
@@ -352,8 +330,7 @@ def json_of(example: Example) -> str:
 
 
 def write_task(task: Task, directory: str | Path) -> dict[str, Path]:
-    """Write a task to three new files, with an example in each line; return their paths by name. train.txt is a text to
-    pre-train on; train.jsonl and test.jsonl hold objects. Raises BadInput if one is there."""
+    """Write train.txt (to pre-train on), train.jsonl and test.jsonl; return paths by name. BadInput if one is there."""
     texts = [example.text for example in task.train]
     lines = {"train.txt": texts, "train.jsonl": map(json_of, task.train), "test.jsonl": map(json_of, task.test)}
     paths = {name: Path(directory) / name for name in lines}

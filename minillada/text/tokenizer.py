@@ -102,8 +102,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path_or_dir: str | Path, special: Mapping[str, int] | None = None) -> "Tokenizer":
-        """Read a `tokenizer.json`; `special` gives the ids of roles (mask, eos, bos, pad) whose strings are unknown.
-        Raises BadLuck if the file cannot be read, BadInput if it is not a tokenizer of at most 100 MB."""
+        """Read a `tokenizer.json`; `special` has ids of roles whose strings are unknown. Raises BadInput, BadLuck."""
         path = Path(path_or_dir)
         path = path / "tokenizer.json" if path.is_dir() else path
         with one_line(f"{path}: expected a readable file", "check its permissions"):

@@ -29,7 +29,6 @@ from .headers import DTYPES, INDEX, SINGLE, Entry, read_headers
 from .schemes import SCHEMES, SIDE, Scheme, read_config, write_config
 
 CHUNK = 1 << 24  # bytes read at a time
-
 Plan = dict[str, list[Tensor]]  # tensor of the files -> the parameters (or single experts) that are its rows
 
 
@@ -58,7 +57,6 @@ class Report:
         return sorted({str(entry.dtype).removeprefix("torch.") for entry in self.entries.values()})
 
 
-# ---- Loading ----
 def load(
     path_or_hub_id: str | Path,
     device: str | torch.device = "cpu",
@@ -67,12 +65,9 @@ def load(
     progress: bool = False,
     mask_id: int | None = None,
 ) -> tuple[LLaDA, Tokenizer | None]:
-    """Return the model, in eval mode, and the tokenizer if there is one.
-
-    path_or_hub_id: a directory, a run of ours (its newest whole checkpoint is taken), or a repository on the hub.
-    dtype: None for that of the files. revision: a branch, tag or commit on the hub. mask_id: for files that do not
-    tell it. Raises BadInput for what does not fit exactly, BadLuck if a file, the network or memory is missing.
-    """
+    """Return the model, in eval mode, and the tokenizer if there is one, of a directory, a run (its newest whole
+    checkpoint), or the hub (revision: a branch, tag or commit). dtype: None for the files'. mask_id: if they lack it.
+    Raises BadInput for what does not fit exactly, BadLuck if a file, the network or memory is missing."""
     with one_line(f"device: expected one of this machine for {str(device)!r}", "use cpu", faults=Exception):
         device = torch.empty(0, device=device).device
     directory = locate(path_or_hub_id, revision, progress)
@@ -98,8 +93,7 @@ def load(
 def check(
     path_or_hub_id: str | Path, deep: bool = False, revision: str | None = None, mask_id: int | None = None
 ) -> Report:
-    """Find out what a checkpoint is without reading its weights; if deep, read them once and look for NaN and infinity.
-    Raises what `load` would raise, except for too little memory."""
+    """Find out what a checkpoint is; if deep, look for NaN and infinity. Raises as `load`, except for memory."""
     directory = locate(path_or_hub_id, revision)
     report = inspect(directory, load_tokenizer(directory), mask_id)
     read = read_tensors(report, report.meta) if deep else []
@@ -108,7 +102,7 @@ def check(
 
 
 def locate(path_or_hub_id: str | Path, revision: str | None = None, progress: bool = False) -> Path:
-    """Return the directory of a checkpoint; what exists here is never looked for on the hub. Of a run of ours it is the
+    """Return the directory of a checkpoint; what exists here is never looked for on the hub. Of a run it is the
     newest whole checkpoint; a warning names each newer one that is damaged."""
     path = Path(path_or_hub_id)
     if not str(path_or_hub_id) or not os.path.lexists(path):
@@ -128,7 +122,6 @@ def locate(path_or_hub_id: str | Path, revision: str | None = None, progress: bo
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
-    """Return the directory's tokenizer, None if it has none. Raises BadInput, BadLuck."""
     if not os.path.lexists(directory / "tokenizer.json"):
         return None
     confined(directory, "tokenizer.json")
@@ -136,7 +129,6 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
 
 
 def expect_tokenizer(directory: Path, name: str) -> None:
-    """Raise BadInput if the directory has no tokenizer.json."""
     if not (directory / "tokenizer.json").is_file():
         raise BadInput(f"{name}: expected a tokenizer.json, got none; save the model with its tokenizer")
 
@@ -198,13 +190,10 @@ def target_dtypes(report: Report, dtype: torch.dtype | None) -> dict[str, torch.
 
 
 def read_tensors(report: Report, model: LLaDA) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Read every file once, front to back; yield (name of the tensor, where it belongs in the model, what was read).
-
-    The last two are flat pieces of equal length. Bytes that need no conversion are read straight to where they belong;
-    others into a buffer, so use each piece before asking for the next. The files are read and not mapped:
-    `safetensors.safe_open` maps a whole file, twice while it opens it, and that would break a memory limit of 1.2 times
-    the weights. Raises BadInput if a file that we saved has another SHA-256 now, BadLuck if it cannot be read.
-    """
+    """Read every file once, front to back; yield (name of the tensor, where it belongs in the model, what was read):
+    flat pieces of equal length. What needs conversion is read into a buffer, so use each piece before asking for the
+    next. Raises BadInput if a file that we saved has another SHA-256 now, BadLuck if it cannot be read."""
+    # `safetensors.safe_open` maps a whole file, twice while it opens it: more memory than 1.2 times the weights.
     plan, buffer = plan_tensors(model, SCHEMES[report.scheme]), torch.empty(CHUNK, dtype=torch.uint8)
     for file in report.files:
         path, digest, ours = confined(report.directory, file), hashlib.sha256(), file in report.hashes
@@ -225,14 +214,10 @@ def read_tensors(report: Report, model: LLaDA) -> Iterator[tuple[str, Tensor, Te
             files.compare(file, report.hashes[file], {"sha256": digest.hexdigest()})
 
 
-# ---- Saving ----
 def save(model: LLaDA, directory: str | Path, tokenizer: Tokenizer | None = None, shard_bytes: int = 5 * 10**9) -> None:
-    """Write a Hugging Face directory that the official code reads.
-
-    The names are LLaDA's; LLaDA-MoE's for a model with experts or QK-norm; LLaDA2's for its router or a shared expert.
-    Fields that their config.json has no key for go into minillada.json; manifest.json, the last file, has the SHA-256
-    of the others. A directory that cannot be finished is left as it was. Raises BadInput if it holds a model, BadLuck.
-    """
+    """Write a Hugging Face directory that the official code reads, in LLaDA's, LLaDA-MoE's or LLaDA2's names.
+    Fields that config.json has no key for go into minillada.json; manifest.json, the last file, has the SHA-256 of the
+    others. A directory that cannot be finished is left as it was. Raises BadInput if it holds a model, BadLuck."""
     directory = Path(directory)
     check_whole("shard_bytes", shard_bytes, 1)
     scheme, raw, side = write_config(model.config)

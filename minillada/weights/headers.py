@@ -54,9 +54,8 @@ def read_headers(directory: Path) -> dict[str, Entry]:
                 raise BadInput(f"{name!r}: expected in one file, got {entries[name].file} and {file}; delete one")
             entries[name] = entry
     there = {name: entry.file for name, entry in entries.items()}
-    if astray := sorted({repr(name) for name, _ in where.items() ^ there.items()}):
-        got = f"another place for {listed(astray)}"
-        raise BadInput(f"{INDEX}: expected what the files hold, got {got}; download it again")
+    if odd := sorted({repr(name) for name, _ in where.items() ^ there.items()}):
+        raise BadInput(f"{INDEX}: expected what the files hold, got another place for {listed(odd)}; download it again")
     return entries
 
 

@@ -17,15 +17,12 @@ FILES = ["config.json", "generation_config.json", "minillada.json", "*.safetenso
 
 
 class Quiet(tqdm):
-    """A progress bar that shows nothing."""
-
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **{**kwargs, "disable": True})
 
 
 def fetch(repository: str, revision: str | None = None, progress: bool = False) -> Path:
-    """Return the local directory of a repository, in its newest state or at a revision (branch, tag or commit). Raises
-    BadInput if there is no such repository, BadLuck if neither the hub nor the cache can give it."""
+    """Return the local directory of a repository, newest or at a branch, tag or commit. Raises BadInput, BadLuck."""
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository):
         raise BadLuck(f"{repository!r}: expected a directory or the id of a model on the hub, got neither; check it")
     from huggingface_hub import errors, snapshot_download

@@ -1,9 +1,8 @@
 """Store weights in 8 or 4 bits, so that the 8B model fits a card of 12 or 8 GB. This saves memory, not time.
 
-A weight is stored as small whole numbers and scales, and is computed again in the model's dtype whenever it is used.
-PyTorch calls that a parametrization; `model.py` does not notice it. The matrices of the layers and the head are stored
-so. The embedding is not, because it is looked up and never multiplied with; nor are norms and biases, which are small,
-nor routers, because rounding one would send tokens to other experts.
+The matrices of the layers and the head are stored as small whole numbers and scales, and computed again whenever they
+are used (PyTorch: a parametrization). The embedding is not, because it is looked up and never multiplied with; nor are
+norms and biases, which are small, nor routers, because rounding one would send tokens to other experts.
 """
 
 import math
@@ -30,8 +29,7 @@ class Int8(nn.Module):
 
 
 class Int4(nn.Module):
-    """Weights in 4 bits with a scale and a lowest value for each group: w = low + scale * q, q from 0 to 15. A byte
-    holds two q. With groups of 64 and 16-bit scales that is 4.5 bits a weight."""
+    """Weights in 4 bits (4.5 with scale and low) in groups of up to 64: w = low + scale * q, q from 0 to 15."""
 
     def __init__(self, group: int) -> None:
         super().__init__()
@@ -44,7 +42,7 @@ class Int4(nn.Module):
         scale = ((high - low) / 15).clamp(min=torch.finfo(w.dtype).tiny)
         q = w.to(torch.float32, copy=True).sub_(low.float()).div_(scale.float()).round_().clamp_(0, 15).to(torch.uint8)
         first, second = q.chunk(2, dim=-1)
-        return first | second << 4, scale, low
+        return first | second << 4, scale, low  # two q in a byte
 
     def forward(self, packed: Tensor, scale: Tensor, low: Tensor) -> Tensor:
         """Compute w (...,in) again."""
@@ -65,11 +63,8 @@ def matrices(model: LLaDA) -> list[tuple[nn.Module, str]]:
 
 
 def quantize(model: LLaDA, bits: str, device: str | torch.device | None = None) -> LLaDA:
-    """Turn the model's matrices into "int8" or "int4" in place, one after the other, each moved to the device first.
-
-    So a model that was loaded on the CPU takes no more memory on the device than in the end, plus its largest matrix.
-    The result cannot be trained, saved or quantized again. Raises BadInput.
-    """
+    """Turn the model's matrices into "int8" or "int4" in place, each moved to the device first, which needs room for
+    the result plus one matrix. It cannot be trained, saved or quantized again. Raises BadInput."""
     check_one_of("quantize", bits, ("int8", "int4"))
     model.requires_grad_(False)
     for module, name in matrices(model):

@@ -1,7 +1,6 @@
 """Translate names: four families of checkpoints name the config's fields and the tensors in their own ways.
 
-Each family is a table, a `Scheme`. `read_config` makes a ModelConfig of a config.json and refuses what the module does
-not implement; `write_config` makes a config.json of a ModelConfig.
+`read_config` makes a ModelConfig of a config.json, by a table for the family; `write_config` goes the other way.
 """
 
 import os
@@ -59,12 +58,11 @@ LLADA = Scheme(  # LLaDA-8B, LLaDA-1.5, iLLaDA: the names of OLMo
           "n_kv_head": "n_kv_heads", "d_model": "d_model", "d_ff": "mlp_hidden_size", "max_len": "max_sequence_length",
           "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps", "tie_head": "weight_tying",
           "qkv_bias": "include_qkv_bias", **IDS},
-    absent={"n_kv_heads": None, "embedding_size": None},
+    absent={"n_kv_heads": None, "embedding_size": None}, rare={"clip_qkv": None},
     fixed={"activation_type": "silu", "alibi": False, "attention_layer_norm": False, "bias_for_layer_norm": False,
            "block_group_size": 1, "block_type": "llama", "include_bias": False, "input_emb_norm": False,
            "layer_norm_type": "rms", "layer_norm_with_affine": True, "multi_query_attention": None, "rope": True,
            "rope_full_precision": True, "scale_logits": False},
-    rare={"clip_qkv": None},
     ignored={"alibi_bias_max": 8.0, "architectures": ["LLaDAModelLM"], "attention_dropout": 0.0,
              "attention_layer_norm_with_affine": True, "embedding_dropout": 0.0, "flash_attention": False,
              "init_cutoff_factor": None, "init_device": "meta", "init_fn": "mitchell", "init_std": 0.02, "mlp_ratio": 4,
@@ -83,14 +81,12 @@ HF_KEYS = {"embedding_size": "vocab_size", "n_layer": "num_hidden_layers", "n_he
            "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps", "tie_head": "tie_word_embeddings",
            "eos_id": "eos_token_id", "pad_id": "pad_token_id"}  # fmt: skip
 HF_TENSORS = tensors(
-    {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
-    "model.layers.{i}.",
+    {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}, "model.layers.{i}.",
     {"attn_norm": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
      "attn.v": "self_attn.v_proj", "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
      "attn.o": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn.router": "mlp.gate",
      "ffn.gate": "mlp.gate_proj", "ffn.up": "mlp.up_proj", "ffn.down": "mlp.down_proj"},
-) | {
-    f"layers.{{i}}.ffn.{matrix}": f"model.layers.{{i}}.mlp.experts.{{e}}.{matrix}_proj.weight"
+) | {f"layers.{{i}}.ffn.{matrix}": f"model.layers.{{i}}.mlp.experts.{{e}}.{matrix}_proj.weight"
     for matrix in ("gate", "up", "down")  # here one tensor holds all experts
 }  # fmt: skip
 
@@ -126,8 +122,7 @@ LLADA_MOE = Scheme(  # LLaDA-MoE-7B-A1B
     marks=("hidden_size", "num_experts", "expert_intermediate_size"),
     keys=HF_KEYS | {"d_ff": "dense_intermediate_size", "qkv_bias": "attention_bias", "qk_norm": "qk_layernorm",
                     "n_expert": "num_experts", "n_expert_active": "num_experts_per_tok",
-                    "d_expert": "expert_intermediate_size"},
-    spare={"mask_id": "mask_token_id", "d_head": "head_dim"},
+                    "d_expert": "expert_intermediate_size"}, spare={"mask_id": "mask_token_id", "d_head": "head_dim"},
     absent={"attention_bias": False, "tie_word_embeddings": False, "partial_rotary_factor": 1},
     fixed={"clip_qkv": None, "hidden_act": "silu", "moe_router_enable_expert_bias": False,
            "moe_router_score_function": "softmax", "norm_topk_prob": None, "rope_scaling": None,
@@ -135,8 +130,7 @@ LLADA_MOE = Scheme(  # LLaDA-MoE-7B-A1B
            "shared_expert_intermediate_size": None},
     ignored={"architectures": ["LLaDAMoEModelLM"], "attention_dropout": 0.0, "initializer_range": 0.02,
              "model_type": "llada", "output_router_logits": False, "router_aux_loss_coef": 0.01, "use_cache": False},
-    tensors=HF_TENSORS,
-    derive=derive_moe,
+    tensors=HF_TENSORS, derive=derive_moe,
     express={"partial_rotary_factor": lambda c: c.rotary_dim / c.d_head,
              "moe_layer_freq": lambda c: [int(c.n_expert > 0 and i not in c.dense_layers) for i in range(c.n_layer)]},
 )  # fmt: skip
@@ -159,8 +153,7 @@ LLADA2 = Scheme(  # LLaDA2.x: fused query, key and value; a router with a bias; 
                     "qk_norm": "use_qk_norm", "n_expert": "num_experts", "n_expert_active": "num_experts_per_tok",
                     "d_expert": "moe_intermediate_size", "router_renormalise": "norm_topk_prob",
                     "router_scale": "routed_scaling_factor", "n_expert_group": "n_group",
-                    "n_expert_group_active": "topk_group"},
-    spare={"mask_id": "mask_token_id"},
+                    "n_expert_group_active": "topk_group"}, spare={"mask_id": "mask_token_id"},
     absent={"head_dim": None, "use_qk_norm": True, "use_qkv_bias": False, "tie_word_embeddings": False,
             "rotary_dim": None},
     fixed={"hidden_act": "silu", "norm_head": False, "rope_scaling": None, "router_dtype": "fp32",
@@ -170,14 +163,12 @@ LLADA2 = Scheme(  # LLaDA2.x: fused query, key and value; a router with a bias; 
     ignored={"architectures": ["LLaDA2MoeModelLM"], "attention_dropout": 0.0, "embedding_dropout": 0.0,
              "initializer_range": 0.02, "model_type": "llada2_moe", "output_dropout": 0.0, "use_cache": False},
     tensors=HF_TENSORS | tensors(
-        {"embed": "model.word_embeddings"},
-        "model.layers.{i}.",
+        {"embed": "model.word_embeddings"}, "model.layers.{i}.",
         {**dict.fromkeys(("attn.q", "attn.k", "attn.v"), "attention.query_key_value"),  # rows of q, of k, of v
          "attn.q_norm": "attention.query_layernorm", "attn.k_norm": "attention.key_layernorm",
          "attn.o": "attention.dense", "ffn.shared.gate": "mlp.shared_experts.gate_proj",
          "ffn.shared.up": "mlp.shared_experts.up_proj", "ffn.shared.down": "mlp.shared_experts.down_proj"},
-    ) | {"layers.{i}.ffn.router_bias": "model.layers.{i}.mlp.gate.expert_bias"},
-    derive=derive_llada2,
+    ) | {"layers.{i}.ffn.router_bias": "model.layers.{i}.mlp.gate.expert_bias"}, derive=derive_llada2,
     express={"first_k_dense_replace": lambda c: len(c.dense_layers), "rotary_dim": lambda c: c.rotary_dim,
              "num_shared_experts": lambda c: c.d_shared_expert // max(c.d_expert, 1),
              "partial_rotary_factor": lambda c: c.rotary_dim / c.d_head},
@@ -195,8 +186,7 @@ KNOWN_IDS = {  # of published models whose config.json lacks them, by rows of th
 
 
 def read_config(directory: Path, tokenizer: Tokenizer | None, mask_id: int | None) -> tuple[str, ModelConfig]:
-    """Return the scheme's name and the config. Raises BadInput. An id that is not in config.json comes from mask_id,
-    from the tokenizer, or from KNOWN_IDS."""
+    """Return the scheme's name and the config; ids that it lacks are the tokenizer's or KNOWN_IDS. Raises BadInput."""
     raw = read_json(confined(directory, "config.json"), CONFIG_CAP)
     side = read_json(confined(directory, SIDE), CONFIG_CAP) if os.path.lexists(directory / SIDE) else {}
     scheme = recognise(raw)
@@ -228,8 +218,7 @@ def recognise(raw: dict) -> str:
 
 
 def read_fields(raw: dict, scheme: Scheme, side: dict) -> dict[str, Any]:
-    """Return the fields of ModelConfig in a config.json, each of the right type; ids may still be missing. An unknown
-    key is refused unless it is null, because it might change the model. Raises BadInput."""
+    """Return the fields of ModelConfig in a config.json, of the right types; ids may be missing. Raises BadInput."""
     keys, fixed = [*scheme.keys.values(), *scheme.express], scheme.fixed | scheme.rare
     known = {*COMMON, *keys, *scheme.spare.values(), *fixed, *scheme.ignored}
     if unknown := [repr(key) for key, value in raw.items() if key not in known and value is not None]:
@@ -264,18 +253,16 @@ def check_types(found: dict[str, Any], source: str) -> None:
         else:
             accepted = (int, float) if kind is float else get_args(kind) or (kind,)
             holds = type(value) in accepted or (name == "mask_id" and value is None)  # it may come from elsewhere
-        expected = getattr(kind, "__name__", str(kind))
-        files.expect(holds, f"{name} in {source}", expected, value, f"change it in {source}")
+        files.expect(holds, f"{name} in {source}", getattr(kind, "__name__", kind), value, f"change it in {source}")
 
 
 def write_config(config: ModelConfig) -> tuple[str, dict, dict]:
     """Return the scheme's name, its config.json, and the fields that it has no key for (for minillada.json)."""
     c = config
     sigmoid = c.router == "sigmoid" or c.router_renormalise or c.router_scale != 1 or c.n_expert_group > 1
+    name = "LLaDA-MoE" if c.n_expert or c.qk_norm or c.rotary_dim != c.d_head else "LLaDA"
     if c.n_expert and (sigmoid or c.d_shared_expert):
         name = "LLaDA2"
-    else:
-        name = "LLaDA-MoE" if c.n_expert or c.qk_norm or c.rotary_dim != c.d_head else "LLaDA"
     scheme = SCHEMES[name]
     raw = {key: getattr(c, ours) for ours, key in scheme.keys.items()} | scheme.fixed | scheme.ignored
     raw |= {key: value(c) for key, value in scheme.express.items()}
