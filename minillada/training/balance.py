@@ -1,8 +1,8 @@
 """Keep the experts of a mixture busy: losses that balance them, biases that are moved, and a report of the routing.
 
-Of the N tokens that a layer routes, masked and visible alike, each visits K of E experts. The load of an expert is its
-share of the N*K visits, 1/E when balanced; it is counted and has no gradient. P has one: the probability that the
-router gives to each expert. There is no capacity: no token is ever dropped, however uneven the load.
+Of the N tokens that a layer routes, masked and visible alike, each visits K of E experts; none is ever dropped. The
+load of an expert is its share of the N*K visits, 1/E when balanced; it is counted and has no gradient. P has one: the
+probability that the router gives to each expert.
 """
 
 from collections.abc import Iterator
@@ -46,10 +46,7 @@ class Routing(NamedTuple):
 def watch_routing(model: nn.Module, valid: Tensor | None = None) -> Iterator[list[Routing]]:
     """Watch the evaluations inside the `with`; then the list has a Routing for each of them and every MoE layer. Raises
     BadInput if none was seen, as in a compiled model. Call backward after it: recomputing evaluates layers again.
-
-    valid: bool (B,T), False = padding, which is routed but does not count. The places of `model(x, where=...)`, which
-    are all that its last layer routes, all count.
-    """
+    Padding, where valid (B,T) is False, is routed but does not count; the places of `model(x, where=...)` all count."""
     seen: list[tuple[MoE, Tensor]] = []
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     hooks = [moe.router.register_forward_hook(lambda *call, moe=moe: seen.append((moe, call[-1]))) for moe in layers]
@@ -98,16 +95,14 @@ def move_biases(routings: list[Routing], rate: float) -> None:
     that of one above. The bias picks experts and does not weigh them. Raises BadInput for a router without one."""
     for moe, load in loads(routings).items():
         if moe.c.router != "sigmoid":
-            what = f"bias_rate: expected 0 for a {moe.c.router} router, which has no bias to pick experts with"
-            raise BadInput(f"{what}, got {rate}; use balance")
+            raise BadInput(f"bias_rate: expected 0 for a {moe.c.router} router without biases, got {rate}; use balance")
         moe.router_bias += rate * (1 / moe.c.n_expert - load).sign()
 
 
 @torch.no_grad()
 def routing_report(routings: list[Routing]) -> dict:
-    """Return numbers for a log; {} for a dense model. Losses are averaged over layers, without coefficients; load is by
-    layer and expert; imbalance is the largest load over the balanced one, 1 to E/K; router_entropy is that of P by
-    layer, in nats, 0 to ln E."""
+    """Return numbers for a log; {} for a dense model. Losses are means over layers, without coefficients; load is by
+    layer and expert; imbalance is the largest load over 1/E; router_entropy is that of P by layer, in nats."""
     if not routings:
         return {}
     shares, entropies = loads(routings), {}

@@ -1,8 +1,5 @@
-"""Configs of training runs, one class for each objective, and sizes by name.
-
-A config says everything that a run is made of: `TrainConfig` pre-training, `SFTConfig` learning to answer, `VRPOConfig`
-learning from preferences. A field left at None gets its value from the preset or from the objective.
-"""
+"""Configs of training runs, one class for each objective, and sizes by name. A config says everything that a run is
+made of; a field left at None gets its value from the preset or from the objective."""
 
 import dataclasses
 import math
@@ -30,8 +27,7 @@ PRESETS: dict[str, dict[str, dict]] = {  # seconds, three minutes, and that on t
     "llada-1b": {"model": {"n_layer": 22, "n_head": 32, "n_kv_head": 4, "d_model": 2048, "d_ff": 5634}},
     "llada-8b": {"model": {"n_layer": 32, "n_head": 32, "d_model": 4096, "d_ff": 12288}},
     "llada-moe-7b-a1b": {"model": {"n_layer": 16, "n_head": 16, "d_model": 2048, "d_ff": 8192, "rope_theta": 50_000.0,
-                                   "qk_norm": True, "max_len": 8192, "n_expert": 64, "n_expert_active": 8,
-                                   "d_expert": 1024}},
+                         "qk_norm": True, "max_len": 8192, "n_expert": 64, "n_expert_active": 8, "d_expert": 1024}},
 }  # fmt: skip
 
 # The published models' ids, for building one of that shape without its tokenizer.
@@ -127,16 +123,13 @@ class TrainConfig(RunConfig):
         if not isinstance(self.data, str):
             object.__setattr__(self, "data", tuple(map(str, self.data)))
         if self.bias_rate and self.model.get("router") != "sigmoid":
-            what = "bias_rate: expected 0 without a sigmoid router, whose biases it moves"
-            raise BadInput(f"{what}, got {self.bias_rate}; use balance")
+            raise BadInput(f"bias_rate: expected 0 without a sigmoid router, got {self.bias_rate}; use balance")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TunedConfig(RunConfig):
-    """Hold what is common to runs that go on from a trained model, with its tokenizer.
-
-    The rates are for tiny models: LLaDA's own are 2.5e-5 for SFT and, in LLaDA 1.5, 5e-7 for VRPO.
-    """
+    """Hold what runs have in common that go on from a trained model, with its tokenizer. The rates are for tiny models:
+    LLaDA's own are 2.5e-5 for SFT and, in LLaDA 1.5, 5e-7 for VRPO."""
 
     defaults: ClassVar[dict]  # the recipe without lora
 
@@ -151,8 +144,8 @@ class TunedConfig(RunConfig):
         super().__post_init__()
         if not isinstance(self.data, str):
             raise BadInput(f"data: expected one JSONL file, got {self.data!r}; give the path of one")
-        if self.shard and self.lora:
-            raise BadInput("shard: expected False with adapters, got True; leave out shard or lora")
+        if self.shard and (self.lora or self.objective == "prefer"):
+            raise BadInput("shard: expected False with adapters or a reference, got True; leave out shard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,11 +171,6 @@ class VRPOConfig(TunedConfig):
     shared: bool = True  # the same levels and masks for the model and the reference
     beta: float = 0.2  # of the preference loss
     sft_share: float = 0.05  # of SFT's loss on the chosen answers
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.shard:
-            raise BadInput("shard: expected False with a reference, which is whole, got True; leave out shard")
 
     def units(self, loss: float, characters_per_token: float = 1.0) -> str:
         """Say what a held-out figure means, or a training loss, which includes SFT's share."""

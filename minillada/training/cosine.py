@@ -1,8 +1,6 @@
 """MD4's cosine schedule (arXiv:2406.04329, table 1): fewer nearly empty inputs than with the linear one, t itself.
-
 A schedule says which p_mask belongs to a level t. The bound is the same for all, its variance is not: a masked token's
-cross-entropy then counts p_mask'(t) / p_mask(t), which is 1/t for p_mask = t.
-"""
+cross-entropy then counts p_mask'(t) / p_mask(t), which is 1/t for p_mask = t."""
 
 import math
 

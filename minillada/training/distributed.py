@@ -1,15 +1,15 @@
 """Spread a training over several processes, started by `torchrun --standalone --nproc_per_node=N train_tiny.py …`.
 
-Every process draws the same batch and the same noise and takes its own rows of them; gradients are averaged (DDP), or
-averaged and sharded with the weights and the optimisers' state (FSDP2). So the number of processes changes how fast a
-run is and not what it computes, but for rounding. Rank 0 alone writes and prints. Processes agree through small tensors
-on the CPU. Without torchrun there is one process, and nothing here does anything.
+Every process draws the same batch and noise and takes its own rows of them; gradients are averaged (DDP), or averaged
+and sharded with the weights and the optimisers' state (FSDP2). So the number of processes changes how fast a run is and
+not what it computes, but for rounding. Rank 0 alone writes and prints. Processes agree through small tensors on the
+CPU. Without torchrun there is one process, and nothing here does anything.
 """
 
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TypeVar
 
@@ -104,14 +104,6 @@ def check_same(what: str, fingerprint: str) -> None:
         raise BadInput(f"{what}: expected the same in every process, got different ones; share one directory")
 
 
-def check_share(config: RunConfig) -> None:
-    """Raise BadInput unless all parts of a batch have as many rows."""
-    parts = world_size() * config.accumulate
-    if config.batch_size % parts:
-        what = f"batch_size: expected a multiple of {parts} (processes times accumulate), got {config.batch_size}"
-        raise BadInput(f"{what}; choose such a batch_size, or accumulate less")
-
-
 def share(n: int, parts: int = 1) -> list[Tensor]:
     """Return which of n rows this process computes, in `parts` of equal size; some twice, if they do not come out even.
     Masking levels fall with the row, and every part should have high and low ones: so rows are dealt one by one.
@@ -141,16 +133,6 @@ def spread(model: LLaDA, config: RunConfig) -> nn.Module:
         model.to(config.device)
         called = DistributedDataParallel(model, gradient_as_bucket_view=True) if several else model
     return torch.compile(called) if config.compile else called
-
-
-def mean_loss(loss: Tensor) -> float:
-    """Return the mean of a scalar over all processes."""
-    return reduce(loss / world_size(), dist.ReduceOp.SUM).item()
-
-
-def clip_sharded(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-    """Scale gradients that may be sharded so that their common norm is at most `largest`; return the norm they had."""
-    return full(nn.utils.clip_grad_norm_(parameters, largest))
 
 
 def full(tensor: Tensor) -> Tensor:

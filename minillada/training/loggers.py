@@ -56,5 +56,4 @@ def make(name: str, directory: str | Path, config: dict) -> Log:
     try:
         return LOGGERS[name](Path(directory), config)
     except ImportError as error:
-        what = f"logger: expected the package {name}"
-        raise BadInput(f"{what}, got {error}; pip install 'minillada[{name}]'") from None
+        raise BadInput(f"logger: expected the package {name}, got {error}; pip install 'minillada[{name}]'") from None

@@ -19,7 +19,7 @@ from ..train import Objective
 from ..weights.checkpoint import check, expect_tokenizer, load
 from .balance import Balanced
 from .config import RunConfig, SFTConfig, TrainConfig, TunedConfig, VRPOConfig
-from .distributed import check_same, check_share, in_turn, load_optimizers, spread, together
+from .distributed import check_same, in_turn, load_optimizers, spread, together, world_size
 from .lora import adapt, adapters
 from .optim import choose_precision, make_optimizers, recompute
 from .pretraining import TextPretraining
@@ -49,12 +49,6 @@ def make_model(config: TrainConfig, tokenizer: Tokenizer, rng: Generator) -> LLa
     model = LLaDA(ModelConfig(vocab_size=tokenizer.vocab_size, max_len=config.length, **ids, **config.model))
     model.init_weights(rng)
     return model
-
-
-def read_text(config: TrainConfig, newest: Path | None) -> tuple[Tokens, Tokenizer]:
-    """Return the ids of a text and their tokenizer, which is made of the text or read from the newest checkpoint."""
-    tokenizer = in_turn(lambda: Tokenizer.load(newest) if newest else make_tokenizer(config.tokenizer, config.data))
-    return in_turn(lambda: tokenise(config.data, tokenizer, cache_dir() / "tokens", config.length)), tokenizer
 
 
 def read_dialogues(config: TunedConfig, newest: Path | None) -> tuple[Items, ChatTemplate, str, str | None]:
@@ -118,12 +112,16 @@ def make(config: RunConfig, newest: Path | None = None, saved: dict | None = Non
     """Read the data and make all that a run learns with; or read it back from its newest checkpoint, with the state
     saved there. Writes nothing but caches. Raises BadInput and BadLuck."""
     saved, base, rng = saved or {}, None, Generator().manual_seed(config.seed)
+    parts = world_size() * config.accumulate  # of a batch, which have as many rows each
     with together():
-        check_share(config)
+        if config.batch_size % parts:
+            what = f"batch_size: expected a multiple of {parts} (processes times accumulate), got {config.batch_size}"
+            raise BadInput(f"{what}; choose such a batch_size, or accumulate less")
     precision, notices = choose_precision(config)
     config = replace(config, precision=precision)
     if isinstance(config, TrainConfig):
-        text, saves = read_text(config, newest)
+        saves = in_turn(lambda: Tokenizer.load(newest) if newest else make_tokenizer(config.tokenizer, config.data))
+        text = in_turn(lambda: tokenise(config.data, saves, cache_dir() / "tokens", config.length))
     else:
         text, saves, start, base = read_dialogues(config, newest)
         config = replace(config, start=start)

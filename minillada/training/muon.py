@@ -1,8 +1,7 @@
 """Muon (arXiv:2502.16982, with the scale of its first publication): every update of a matrix is made orthogonal.
 
-The arithmetic is that of `torch.optim.Muon`. Matrices of one shape go through their products together, and the products
-are in bfloat16 only where the device has instructions for it: elsewhere bfloat16 is emulated and many times slower.
-Shapes: N matrices of one shape, (N,rows,columns).
+The arithmetic is that of `torch.optim.Muon`. N matrices of one shape go through their products together, and the
+products are in bfloat16 only where the device has instructions for it: elsewhere it is emulated and many times slower.
 """
 
 import torch

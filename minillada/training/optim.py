@@ -13,24 +13,20 @@ from torch.utils.checkpoint import checkpoint
 from ..files import one_line
 from ..model import LLaDA
 from .config import RunConfig
-from .distributed import agree, full
+from .distributed import agree
 from .muon import Muon
 
 
 def make_optimizers(model: nn.Module, config: RunConfig) -> list[Optimizer]:
-    """Return Muon for the matrices of the layers and AdamW for the rest, or AdamW for both; the matrices come first.
-    Muon (arXiv:2502.16982, with the scale of its first publication) makes updates orthogonal: so minutes are enough."""
+    """Return Muon for the matrices of the layers and AdamW for the rest, or AdamW for both; the matrices come first."""
     matrices = [p for p in model.layers.parameters() if p.dim() == 2]  # not stacked experts: Muon wants plain ones
     rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     adamw = partial(AdamW, betas=(0.9, 0.95), fused=True)
-    half = bfloat16_instructions(torch.device(config.device).type)
-    muon = partial(Muon, dtype=torch.bfloat16 if half else torch.float32)
-    first = muon if config.optimizer == "muon" else adamw
+    dtype = torch.bfloat16 if bfloat16_instructions(torch.device(config.device).type) else torch.float32
+    first = partial(Muon, dtype=dtype) if config.optimizer == "muon" else adamw
     group = lambda parameters, lr: [{"params": parameters, "initial_lr": lr}]
-    return [
-        first(group(matrices, config.lr), lr=config.lr, weight_decay=config.weight_decay),
-        adamw(group(rest, config.adam_lr), lr=config.adam_lr, weight_decay=0.0),
-    ]
+    inner = first(group(matrices, config.lr), lr=config.lr, weight_decay=config.weight_decay)
+    return [inner, adamw(group(rest, config.adam_lr), lr=config.adam_lr, weight_decay=0.0)]
 
 
 def snapshot(model: nn.Module, optimizers: list[Optimizer]) -> list[dict]:
@@ -47,11 +43,6 @@ def restore(model: nn.Module, optimizers: list[Optimizer], states: list[dict]) -
 def copied(state: object) -> object:
     """Copy nested dicts and lists, their tensors to the CPU."""
     return tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, state)
-
-
-def weight_norm(model: nn.Module) -> float:
-    """Return the norm of all weights, which is finite if every weight is."""
-    return full(nn.utils.get_total_norm([p.detach() for p in model.parameters()])).item()
 
 
 def recompute(model: LLaDA) -> LLaDA:

@@ -1,7 +1,5 @@
-"""Pre-training as a run does it: on a text on disk, in several parts and processes, validated per character.
-
-What is learned, and from which noise, is `Pretraining` of `train.py`. Shapes: B rows, T sequence, n windows.
-"""
+"""Pre-training as a run does it: on a text on disk, in several parts and processes, validated per character. What is
+learned, and from which noise, is `Pretraining` of `train.py`. Shapes: B rows, T sequence, n windows."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,9 +22,7 @@ def part_of(x0: Tensor, noised: Noised, rows: Tensor, config: RunConfig) -> tupl
     return x0[rows].to(config.device), Noised(*(x[rows] for x in noised)).to(config.device)
 
 
-def losses_by_part(
-    loss: Callable[..., Tensor], model: nn.Module, x0: Tensor, noised: Noised, config: RunConfig
-) -> Iterator[Tensor]:
+def losses_by_part(loss: Callable, model: nn.Module, x0: Tensor, noised: Noised, config: RunConfig) -> Iterator[Tensor]:
     """Yield loss(model, x0, noised), a mean over rows, of each part of a batch that this process has, over accumulate:
     their sum, averaged over processes, is the loss of the batch."""
     for rows in shares(model, len(x0), config.accumulate):
@@ -63,8 +59,7 @@ class TextPretraining(Pretraining):
 
 
 def by_level(bounds: Tensor, noised: Noised) -> list[tuple[float, float]]:
-    """Return (t, nats per masked token) at the middle of ten bins of the masking level, without those that no row fell
-    into, from the bounds of rows (B,)."""
+    """Return (t, nats per masked token) at the middle of each bin of levels that has rows, from the bounds of rows."""
     count = noised.masked.sum(1)
     bins = (count * LEVELS - 1) // noised.masked.shape[1]  # masking level (0, 0.1] is bin 0
     zeros = torch.zeros(LEVELS).double()

@@ -1,7 +1,5 @@
-"""Train for real: `train` runs the loop of `train.py`, and validates, saves, resumes, and goes back after a crash.
-
-It yields one `RunStep` for each step of an optimiser; who prints, plots or samples loops over them.
-"""
+"""Train for real: `train` runs the loop of `train.py`, and validates, saves, resumes, and goes back after a crash. It
+yields one `RunStep` for each step of an optimiser; who prints, plots or samples loops over them."""
 
 import hashlib
 import json
@@ -13,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from torch import nn
+from torch.distributed import ReduceOp
 from torch.optim import Optimizer
 
 from ..errors import BadInput, BadLuck
@@ -22,10 +21,10 @@ from ..text.tokenizer import Tokenizer
 from ..train import TrainStep, Ways, learn
 from .balance import Balanced, move_biases
 from .config import VERSION, RunConfig, TrainConfig, config_of
-from .distributed import agree, clip_sharded, in_turn, mean_loss, optimizer_state, processes, rank, together, unsharded
+from .distributed import agree, full, in_turn, optimizer_state, processes, rank, reduce, together, unsharded, world_size
 from .lora import merged
 from .making import Made, finished, make
-from .optim import restore, snapshot, weight_norm
+from .optim import restore, snapshot
 from .runs import Run, load_state, refuse_occupied, rng_state, set_rng_state
 
 PATIENCE = 3  # times that a training goes back to the same checkpoint
@@ -56,7 +55,6 @@ class RunStep(TrainStep):
         return told | about | ({"notices": self.notices} if self.notices else {})
 
 
-# ---- saving, and going back ----
 def fingerprint(document: dict) -> str:
     """Return a hash of what run.json holds."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
@@ -104,8 +102,7 @@ class Rescue:
 
 
 def write(run: Run, made: Made, step: RunStep, saving: bool, best: tuple[float, int], undone: int) -> None:
-    """Add a step to the log. If saving, write its checkpoint: the model, merged if it has adapters, and all that
-    resuming exactly needs."""
+    """Add a step to the log; if saving, write its checkpoint: the model, adapters merged, and what resuming needs."""
     lora, state, whole = made.trained is not made.model, {}, None
     if saving:
         whole = merged(made.model) if lora else unsharded(made.model)
@@ -121,18 +118,14 @@ def write(run: Run, made: Made, step: RunStep, saving: bool, best: tuple[float, 
             run.save(step.step, whole, made.saves, state, made.config.keep, step.best)
 
 
-# ---- the run ----
 def train(
     config: RunConfig | None = None, resume: str | Path | None = None, stop: Callable[[], bool] = lambda: False,
     **moved: object,
 ) -> Iterator[RunStep]:  # fmt: skip
     """Yield every step of a training. With `config.out` a log and checkpoints are written there; `resume` goes on with
     such a run, bit for bit if it counts in steps; `moved` are fields of its config that may differ now: device, shard.
-    A step after which `stop()` is True is saved and is the last. Raises BadInput and BadLuck.
-
-    A loss, gradient or weight that is not finite undoes all steps since the last checkpoint: training goes on with the
-    next batch, from that checkpoint's weights, at a quarter of the learning rate.
-    """
+    A step after which `stop()` is True is saved and is the last. A loss, gradient or weight that is not finite undoes
+    all steps since the last checkpoint; the next batch goes on there, at a quarter of lr. Raises BadInput, BadLuck."""
     with ExitStack() as stack:
         stack.enter_context(processes())
         run, config, saved = None, config or TrainConfig(), {}
@@ -159,7 +152,10 @@ def follow(made: Made, run: Run | None, saved: dict, stop: Callable[[], bool]) -
     length = config.length if isinstance(config, TrainConfig) else made.text.longest
     if saved:
         set_rng_state(saved, data=made.rng)
-    ways = Ways((lambda step: seconds / 60 / config.minutes) if config.minutes else None, clip_sharded, mean_loss)
+    clip = lambda parameters, largest: full(nn.utils.clip_grad_norm_(parameters, largest))
+    norm = lambda: full(nn.utils.get_total_norm([p.detach() for p in made.model.parameters()])).item()  # of all weights
+    mean = lambda loss: reduce(loss / world_size(), ReduceOp.SUM).item()
+    ways = Ways((lambda step: seconds / 60 / config.minutes) if config.minutes else None, clip, mean)
     for done in learn(made.called, made.optimizers, objective, config, made.rng, first, ways):
         step, sound = done.step, math.isfinite(done.loss + done.grad_norm)
         if sound and isinstance(objective, Balanced) and getattr(config, "bias_rate", 0):
@@ -167,7 +163,7 @@ def follow(made: Made, run: Run | None, saved: dict, stop: Callable[[], bool]) -
         seconds, stopped = agree(before + time.perf_counter() - start, stop())
         last = stopped > 0 or finished(config, step, seconds)
         evaluate, saving = last or step % config.eval_every == 0, last or step % config.checkpoint_every == 0
-        if not (sound := sound and (not (evaluate or saving) or math.isfinite(weight_norm(made.model)))):
+        if not (sound := sound and (not (evaluate or saving) or math.isfinite(norm()))):
             notices.append(rescue.go_back(step, f"loss {done.loss:.3g}, gradient {done.grad_norm:.3g}"))
         found = objective.validate(made.model) if evaluate else {}
         bound = found.get(config.held_out)
@@ -179,8 +175,7 @@ def follow(made: Made, run: Run | None, saved: dict, stop: Callable[[], bool]) -
         yielded = RunStep(
             **vars(done), bound=bound, levels=found.get("levels"), best=best[1], tokens=step * tokens, seconds=seconds,
             tokens_per_second=(step - first) * tokens / (time.perf_counter() - start), model=made.model, text=made.text,
-            tokenizer=getattr(made.saves, "tokenizer", made.saves), length=length, config=config,
-            notices=tuple(notices),
+            tokenizer=getattr(made.saves, "tokenizer", made.saves), length=length, config=config, notices=(*notices,),
         )  # fmt: skip
         if run:
             write(run, made, yielded, saving, best, rescue.undone)

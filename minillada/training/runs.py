@@ -8,8 +8,7 @@
         manifest.json                sizes and SHA-256 of all the others, written last
     RUN/.lock                        held while a process works here
 
-A checkpoint is written under a temporary name, flushed to the disk, and only then renamed: one that has its own name
-is whole.
+A checkpoint is written under a temporary name, flushed to the disk, and only then renamed: so no half one has a name.
 """
 
 import json
@@ -73,9 +72,7 @@ class Run(AbstractContextManager):
         return run
 
     @classmethod
-    def resume(
-        cls, directory: str | Path, leads: bool = True, accept: Callable[[dict], object] = lambda config: None
-    ) -> "Run":
+    def resume(cls, directory: str | Path, leads: bool = True, accept: Callable = lambda config: None) -> "Run":
         """Go on from the newest whole checkpoint: cut off the log's later steps, set damaged checkpoints aside as
         corrupt-step-… and name them in `notices`. accept is given the config before anything is changed; it may raise.
         Raises BadInput if this is no run or has no whole checkpoint, BadLuck if it is in use."""
@@ -110,9 +107,7 @@ class Run(AbstractContextManager):
             with one_line("log: expected to add a line", ROOM), open(self.log_file, "ab") as file:
                 file.write(json.dumps(finite).encode() + b"\n")
 
-    def save(
-        self, step: int, model: nn.Module, tokenizer: Any, state: dict, keep: int = 3, best: int | None = None
-    ) -> Path:
+    def save(self, step: int, model: nn.Module, tokenizer: Any, state: dict, keep: int = 3, best: int = 0) -> Path:
         """Write the checkpoint of a step; return its path once the disk has it and old ones are dropped, but the last
         `keep` (0: all) and that of step `best`. state: tensors that share no memory, and values of JSON, by name. What
         is saved already stays as it is. Raises BadLuck if it cannot write; the earlier ones are then as they were."""
@@ -170,9 +165,7 @@ def rng_state(**generators: Generator) -> dict:
     state = {"rng.python": [version, list(words), gauss], "rng.numpy": [name, keys.tolist(), *rest]}
     if torch.backends.mps.is_available():
         state["rng.mps"] = torch.mps.get_rng_state()
-    return state | {
-        f"rng.{name}": generator.get_state() for name, generator in (torch_generators() | generators).items()
-    }
+    return state | {f"rng.{name}": g.get_state() for name, g in (torch_generators() | generators).items()}
 
 
 def set_rng_state(state: dict, **generators: Generator) -> None:

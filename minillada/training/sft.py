@@ -7,7 +7,6 @@ A dialogue of n answers has n turns, (everything before an answer, the answer); 
 A row is what the chat template makes of the prompt, then the answer and an end of text. Rows are filled up to the
 longest of their batch with more ends of text, which are part of the answer, masked and predicted: so a model learns how
 long answers are. Without eos_padding they are filled up with PADDING, which is neither seen nor predicted.
-
 Shapes: B rows, T sequence.
 """
 
@@ -40,7 +39,6 @@ Turn = tuple[list[Message], str]  # what stands before an answer, the answer
 Item = list[Pair]  # the turns of a dialogue, or two answers to the same prompt
 
 
-# ---- from lines to rows ----
 def text_of(record: dict, key: str) -> str:
     """Return the text of a key, without the space around it, as chat templates do. Raises BadInput for none."""
     text = record.get(key)
@@ -56,8 +54,7 @@ def dialogue(record: dict) -> list[Turn]:
         return [([{"role": "user", "content": text_of(record, "prompt")}], text_of(record, "answer"))]
     found = record["messages"]
     if not isinstance(found, list) or not all(isinstance(m, dict) and m.get("role") in ROLES for m in found):
-        what = f'expected "messages" with a role of {", ".join(ROLES)} each, got others'
-        raise BadInput(f"{what}; change the roles of that line")
+        raise BadInput(f'expected "messages" with a role of {", ".join(ROLES)} each, got others; change those roles')
     messages = [{"role": message["role"], "content": text_of(message, "content")} for message in found]
     turns = [(messages[:i], m["content"]) for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:
@@ -90,19 +87,15 @@ class Items(Tokens):
 def encode(turns: Iterable[Turn], template: ChatTemplate, c: ModelConfig) -> Item:
     """Return the ids of some turns, an end of text behind every answer. Raises BadInput."""
     pairs = [(template.encode_chat(before), [*template.tokenizer.encode(answer), c.eos_id]) for before, answer in turns]
-    if (length := max(len(prompt) + len(answer) for prompt, answer in pairs)) > c.max_len:
-        what = f"expected at most {c.max_len} tokens of prompt, answer and end of text, got {length}"
-        raise BadInput(f"{what}; shorten that line")
+    if (size := max(len(prompt) + len(answer) for prompt, answer in pairs)) > c.max_len:
+        raise BadInput(f"expected at most {c.max_len} tokens of prompt, answer and end of text, got {size}; shorten it")
     return pairs
 
 
-def read_items(
-    path: str | Path, template: ChatTemplate, c: ModelConfig, turns_of: Callable[[dict], list[Turn]] = dialogue
-) -> Items:
+def read_items(path: str | Path, template: ChatTemplate, c: ModelConfig, turns_of: Callable = dialogue) -> Items:
     """Read a JSONL file for a model. Raises BadInput, which names the line, and BadLuck."""
     if c.eos_id is None:
-        what = "model: expected one with an end of text, which answers end with, got none"
-        raise BadInput(f"{what}; begin with a model that has an eos_id")
+        raise BadInput("model: expected one with an end of text, got none; begin with a model that has an eos_id")
     if not Path(path).is_file():
         raise BadLuck(f"data: expected a JSONL file, got {path}; give the path of one")
     items = []
@@ -127,7 +120,6 @@ def read_items(
     return Items(flat(learned), flat(held), characters, size, digest.hexdigest(), learned, held, longest)
 
 
-# ---- from rows to a loss ----
 def visits(n: int, seed: int, start: int) -> Iterator[tuple[int, float]]:
     """Yield for ever, from visit number `start` on: which of n items, and a number in [0,1) to choose a turn with.
     Visit k depends on the seed and on k alone. An epoch is every item once, in random order."""
@@ -140,9 +132,7 @@ def visits(n: int, seed: int, start: int) -> Iterator[tuple[int, float]]:
 
 def stack(pairs: Sequence[Pair], fill: int) -> tuple[Tensor, Tensor]:
     """Return rows x0 (B,T) filled up to the longest, and maskable (B,T): their answers, and `fill` unless PADDING.
-
-    ([1], [2]) and ([3, 4], [5]) with fill 9 -> [[1, 2, 9], [3, 4, 5]], [[F, T, T], [F, F, T]].
-    """
+    ([1], [2]) and ([3, 4], [5]) with fill 9 -> [[1, 2, 9], [3, 4, 5]], [[F, T, T], [F, F, T]]."""
     x0 = pad_sequence([torch.tensor([*prompt, *answer]) for prompt, answer in pairs], True, fill)
     start = torch.tensor([len(prompt) for prompt, _ in pairs])
     return x0, (torch.arange(x0.shape[1]) >= start[:, None]) & (x0 != PADDING)
@@ -194,8 +184,7 @@ class SFT:
         yield from losses_by_part(row_loss, model, *self.noise(batch, rng), self.config)
 
     def validate(self, model: nn.Module) -> dict:
-        """Return {"bound": that of 128 held-out answers at most, in nats per character}, with 2 masks each, always the
-        same."""
+        """Return {"bound": nats per character} of 128 held-out answers at most, with 2 masks each, always the same."""
         pairs = list(islice(chain.from_iterable(self.items.held), 128))
         values, _ = log_likelihoods(model, pairs, n_samples=2)
         tokens = sum(len(answer) for _, answer in pairs)

@@ -8,7 +8,6 @@ B is a lower bound of log p(answer | prompt), B_ref that of the frozen model whe
 and log-sigmoid is no straight line, so their noise also biases the loss. Three things reduce it: the budget
 (`samples`), a masking level of its own for every mask (`masks` = 1), and the same levels and masks for the model and
 the reference (`shared`). Subtracting a baseline from B and B_ref does nothing: it cancels.
-
 Shapes: P pairs, N = samples * masks estimates of each bound, B = P * 2 * N rows, T sequence.
 """
 
@@ -63,11 +62,9 @@ class Drawn(NamedTuple):
 
 
 class VRPO:
-    """Prefer the chosen answer of each pair to the rejected one.
-
-    reference: the model where training began, frozen; None: the trained model without its adapters.
-    stratified: an answer's masking levels are from equal slices of (0,1]; False: independent, as LLaDA 1.5 has them.
-    """
+    """Prefer the chosen answer of each pair to the rejected one. reference: the model where training began, frozen;
+    None: the trained model without its adapters. stratified: an answer's masking levels are from equal slices of (0,1];
+    False: independent, as LLaDA 1.5 has them."""
 
     def __init__(
         self, items: Items, config: VRPOConfig, mask_id: int, reference: nn.Module | None, stratified: bool = True
