@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 
 
 class Noised(NamedTuple):
-    """A noised batch: the tokens, which of them were masked, and what a masked token's cross-entropy counts."""
+    """Hold a noised batch: the tokens, which of them were masked, and what a masked token's cross-entropy counts."""
 
     xt: Tensor  # (B,T) long
     masked: Tensor  # (B,T) bool

@@ -82,7 +82,7 @@ class KVCache:
 
 
 class Around(NamedTuple):
-    """What every layer of one evaluation gets beside x."""
+    """Hold what every layer of one evaluation gets beside x."""
 
     rotary: tuple[Tensor, Tensor]  # cosines and sines, (1|B,1,T,rotary_dim/2) each
     positions: Tensor  # (T,) or (B,T) long
@@ -254,7 +254,7 @@ class Layer(nn.Module):
 
 
 class LLaDA(nn.Module):
-    """The mask predictor p(x0 | xt): tokens (B,T) -> logits (B,T,V) (LLaDA, eq. 3).
+    """Predict what is behind the masks, p(x0 | xt): tokens (B,T) -> logits (B,T,V) (LLaDA, eq. 3).
 
     Its weights come from PyTorch's global generator (`torch.manual_seed`); `init_weights(rng)` draws them again.
     """

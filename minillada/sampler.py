@@ -39,7 +39,7 @@ Model = nn.Module | MaskPredictor  # LLaDA, or whatever answers in its place
 
 @dataclass
 class Canvas:
-    """The tokens being filled: x (B,T) long with mask_id in its holes, and valid (B,T) bool, False for padding."""
+    """Hold the tokens being filled: x (B,T) long with mask_id in its holes, and valid (B,T) bool, False for padding."""
 
     x: Tensor
     valid: Tensor
@@ -74,7 +74,7 @@ class Canvas:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How to decode. The defaults are the official ones but for the window (`block_len`), which is the paper's 32."""
+    """Say how to decode. The defaults are the official ones but for the window (`block_len`), the paper's 32."""
 
     gen_len: int = 128  # new tokens
     steps: int = 128  # over all windows together
@@ -113,7 +113,7 @@ def stop_ids(config: SampleConfig, c: ModelConfig) -> list[int]:
 
 
 class Step(NamedTuple):
-    """What one evaluation did. All tensors are (B,T) and never changed later, so steps may be stored."""
+    """Tell what one evaluation did. All tensors are (B,T) and never changed later, so steps may be stored."""
 
     x: Tensor  # the canvas after this step
     proposed: Tensor  # the token drawn for every place asked about; elsewhere x
@@ -128,7 +128,7 @@ class Step(NamedTuple):
 
 
 class Draft:
-    """A canvas while it is being written, and what the loop has to know about it."""
+    """Hold a canvas while it is being written, and what the loop has to know about it."""
 
     def __init__(self, canvas: Canvas, c: ModelConfig, config: SampleConfig, seed: int, rivals: int) -> None:
         check_canvas(canvas.x, canvas.valid, c)

@@ -19,7 +19,7 @@ from .model import KVCache, ModelConfig
 
 
 class Ask(NamedTuple):
-    """One question to a mask predictor: what stands in the places `where` of these rows?"""
+    """Ask a mask predictor: which tokens belong in the places `where` of these rows?"""
 
     x: Tensor  # (R,T) long, rows of the canvas
     where: tuple[Tensor, Tensor]  # row (N,) and column (N,), as in x[where]
@@ -30,7 +30,7 @@ class Ask(NamedTuple):
 
 
 class MaskPredictor(Protocol):
-    """Whatever answers an `Ask` with logits (N,V): LLaDA itself, or guidance or a cache around it."""
+    """Answer an `Ask` with logits (N,V): what LLaDA does, and guidance or a cache around it."""
 
     config: ModelConfig
     device: torch.device
@@ -39,7 +39,7 @@ class MaskPredictor(Protocol):
 
 
 class Whole:
-    """LLaDA as a mask predictor: it evaluates the whole canvas. It also serves caches, which ask for part of it."""
+    """Let LLaDA be a mask predictor: evaluate the rows asked about; with a cache, maybe only some of their columns."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.config = model, model.config
@@ -50,7 +50,7 @@ class Whole:
 
 
 class Guided:
-    """Classifier-free guidance: logits + scale * (logits - logits without the prompt) (LLaDA, eq. 16; SMDM).
+    """Guide a predictor without a classifier: logits + scale * (logits - logits without the prompt) (LLaDA, eq. 16).
 
     The same rows with the whole prompt masked ride along in one batch of 2R, so any predictor can be guided.
     """
@@ -134,7 +134,7 @@ SCORES: dict[str, Score] = {"low_confidence": probability, "random": chance}
 
 
 class Now(NamedTuple):
-    """What a method may look at before a step: the window in the R rows that are being written."""
+    """Show a method what it may look at before a step: the window in the R rows that are being written."""
 
     x: Tensor  # (R,W) tokens
     hole: Tensor  # (R,W) bool
@@ -154,7 +154,7 @@ class Now(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """What was proposed for the places asked about."""
+    """Hold what was proposed for the places asked about."""
 
     tokens: Tensor  # (R,W) long; x elsewhere
     score: Tensor  # (R,W); -inf elsewhere
