@@ -6,6 +6,7 @@ Scripts turn both into `error: ...` on stderr and exit code 2. Anything else tha
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 
 
 class BadInput(ValueError):
@@ -34,11 +35,17 @@ def check_number(what: str, value: object, low: float = 0.0, high: float = 1e300
         raise BadInput(f"{what}: expected a finite number {span}, got {value!r}; choose one of these")
 
 
+def meant(value: object, known: Iterable[str], fix: str = "choose one") -> str:
+    """Return the fix for a name that is not known: the known one that is spelled most like it, or else `fix`."""
+    close = get_close_matches(str(value), known, 1)
+    return f"did you mean {close[0]}?" if close else fix
+
+
 def check_one_of(what: str, value: object, known: Iterable[str]) -> None:
     """Raise BadInput unless value is one of the known names."""
     known = list(known)
     if value not in known:
-        raise BadInput(f"{what}: expected one of {', '.join(known)}, got {value!r}; choose one")
+        raise BadInput(f"{what}: expected one of {', '.join(known)}, got {value!r}; {meant(value, known)}")
 
 
 def named(table: dict[str, Callable], what: str, spec: str) -> object:
