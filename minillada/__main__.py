@@ -9,6 +9,7 @@ from .errors import BadInput
 COMMANDS = {  # name -> (module, what it does)
     "evaluate": ("commands.evaluate", "measure a model: a text, gaps, options, toy tasks"),
     "tasks": ("commands.tasks", "write a toy task with known answers"),
+    "read": ("commands.read", "read the course in the browser: the code, with its prose and equations beside it"),
     "app": ("commands.app", "open a model in the browser"),
     "lm_eval": ("measure.lm_eval", "run lm-evaluation-harness over a model"),
 }
