@@ -11,6 +11,7 @@ import re
 import tokenize
 from collections.abc import Iterator
 from html import escape as escape_quotes
+from itertools import count, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,8 +67,9 @@ class Source:
         yield Row(1, "", *docstring(self.tree))
         comments = [(t.start, t.string) for t in self.tokens if t.type == tokenize.COMMENT]
         alone = {line: text for (line, column), text in comments if not self.lines[line - 1][:column].strip()}
-        for line, text in alone.items():
-            yield Row(line, "", text, range(line, line + 1))
+        for line in alone.keys() - {line + 1 for line in alone}:  # the first of several comments
+            lines = list(takewhile(alone.__contains__, count(line)))
+            yield Row(line, "", "\n".join(alone[n] for n in lines), range(line, line + len(lines)))
         for before, node in zip([self.tree, *self.tree.body], self.tree.body, strict=False):
             if isinstance(node, Definition):
                 yield row_of(node)
@@ -106,7 +108,8 @@ class Linker(ast.NodeVisitor):
         self.names: Names = {name: at for other in course.values() for name, at in other.names.items() if "." in name}
         for node in source.tree.body:
             if isinstance(node, ast.ImportFrom) and node.level and node.module in course:
-                self.names |= {alias.name: course[node.module].names[alias.name] for alias in node.names}
+                there = course[node.module].names
+                self.names |= {alias.name: there[alias.name] for alias in node.names if alias.name in there}
         self.names |= source.names
         self.visit(source.tree)
 
@@ -205,7 +208,7 @@ def inline(text: str, names: Names) -> str:
 def prose(text: str, names: Names) -> str:
     """Set a docstring or a comment as HTML: paragraphs, indented examples, arguments, and the letters of shapes."""
     out = []
-    for paragraph in text.removeprefix("# ").split("\n\n"):
+    for paragraph in re.sub("(?m)^# ?", "", text).split("\n\n"):
         if paragraph.startswith("    "):
             out.append(f"<pre>{escape(re.sub('(?m)^    ', '', paragraph))}</pre>")
             continue
@@ -238,7 +241,7 @@ def rows_of(source: Source, names: Names, lines: list[str]) -> Iterator[str]:
             yield f"<h3>{inline(heading[1], names)}</h3>"
             continue
         shown = [n for n in range(row.first, end) if n not in row.hidden]
-        full = [n for n in shown if source.lines[n - 1].strip()]
+        full = [n for n in shown if source.lines[n - 1].strip()] or [0]  # neither first nor last line is empty
         code = "\n".join(lines[n - 1] for n in shown if full[0] <= n <= full[-1])
         owner, dot, name = row.name.rpartition(".")
         key, title = f"{source.name}.{row.name}", f"<h4>{owner}{dot}<b>{name}</b></h4>" if name else ""
