@@ -12,25 +12,28 @@ import numpy as np
 import pytest
 import torch
 from browser import Browser, needed
-from test_trace import letters, run
+from test_trace import MASK, letters, run
 from wild import WILD, by_hand, wild_tokenizer
 
 from minillada.errors import BadInput, BadLuck
 from minillada.sampler import Step
 from minillada.show.page import (
+    LEAD,
     UNKNOWN,
-    cells,
+    Film,
+    board_svg,
     check_file,
     document,
     level,
+    lines,
     pack,
     save,
+    span,
     to_gif,
     to_html,
     to_order,
     to_svg,
 )
-from minillada.show.terminal import columns
 from minillada.show.trace import Trace
 from minillada.text.tokenizer import Tokenizer, display
 
@@ -145,9 +148,9 @@ def browser():
 def show(browser, tmp_path):
     """show(trace, wishes) opens its page and returns a function for the text of all tokens, by class if wanted."""
 
-    def show(trace, wishes=""):
+    def show(trace, wishes="", **options):
         file = tmp_path / "page.html"
-        file.write_text(to_html(trace), encoding="utf-8")
+        file.write_text(to_html(trace, **options), encoding="utf-8")
         browser.complaints()
         browser.open(f"{file.as_uri()}#{wishes}")
 
@@ -273,54 +276,128 @@ def test_a_large_page_opens_and_moves_without_delay(browser, show):
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
+SVG = "{http://www.w3.org/2000/svg}"
+
+
 def svg_of(trace, **options):
     return ElementTree.fromstring(to_svg(trace, **options).encode())
-
-
-def states_at(root, share):
-    """Opacity of every animated element at a share of the time."""
-    found = []
-    for animation in root.iter("{http://www.w3.org/2000/svg}animate"):
-        times, values = ([float(x) for x in animation.get(name).split(";")] for name in ("keyTimes", "values"))
-        assert times[0] == 0 and times == sorted(set(times)) and times[-1] < 1 and len(values) == len(times)
-        found.append(values[sum(at <= share for at in times) - 1])
-    return found
 
 
 def test_the_animation_is_whole_xml_whatever_was_written():
     root = svg_of(wild_trace(), width=60)
     texts = "".join(root.itertext())
-    assert "<script>alert(1)</script>" in texts and not list(root.iter("{http://www.w3.org/2000/svg}script"))
+    assert "<script>alert(1)</script>" in texts and not list(root.iter(f"{SVG}script"))
 
 
-def test_the_animation_begins_with_holes_and_ends_with_the_text():
-    trace = Trace.record(by_hand([21, 3], [[0], [1]]), wild_tokenizer())
-    boxes = [box.get("class") for box in svg_of(trace).iter("{http://www.w3.org/2000/svg}rect")]
-    assert boxes.count("h") == 2
-    first, last = states_at(svg_of(trace), 0), states_at(svg_of(trace), 0.999)
-    assert (sum(first), sum(last)) == (2, 2)  # the two holes; the two tokens
-    assert all(a != b for a, b in zip(first, last, strict=True) if a or b)
+def pictured(root, kind, name):
+    return [element.get(name) for element in root.iter(f"{SVG}{kind}") if element.get(name)]
 
 
-def test_a_revised_token_is_gone_for_as_long_as_it_was():
+def test_every_hole_looks_the_same_whatever_word_will_come():
+    holes = [{**hole.attrib} for hole in svg_of(wild_trace()).iter(f"{SVG}use")]
+    assert holes == [holes[0]] * len(ALL)
+
+
+def test_a_picture_without_animation_is_the_whole_text():
+    """As for a reader who wants no motion, or a program that knows no CSS: what is not the last is not opaque."""
     _, trace = revising_trace()
     root = svg_of(trace)
-    groups = list(root.iter("{http://www.w3.org/2000/svg}g"))
-    assert len(groups) == len(list(trace.spans())) > len(trace.given) - 3
-    assert sum(g.get("opacity") == "1" for g in groups) == 12  # without animation: the final text
+    words = [group for group in root.iter(f"{SVG}g") if "w" in group.get("class", "").split()]
+    last = "".join("".join(group.itertext()) for group in words if group.get("opacity") != "0")
+    given = "".join(text.text for text in root.iter(f"{SVG}text") if text.get("class") == "g")
+    whole = [token for token in trace.final if token not in letters().special_ids]
+    assert given + last == "".join(trace.texts(whole)).replace(" ", "")
+    assert len(words) == len(list(trace.spans())) > len(trace.given) - 3
 
 
-def test_cells_follow_one_another_and_stay_in_the_picture():
+def test_animations_begin_with_holes_run_forward_and_end_with_the_last_token():
+    _, trace = revising_trace()
+    frames = re.findall(r"@keyframes m\w+-\d+{(.*)}", to_svg(trace))
+    assert frames
+    for frame in frames:
+        moments = re.findall(r"([\d.]+)%{--p:([01])(?:;--n:([01]))?[^}]*}", frame)
+        times = [float(at) for at, _, _ in moments]
+        assert times[0] == 0 and times[-1] == 100 and times == sorted(set(times))
+        assert moments[0][1] == "0" and moments[-1][2] == "0"
+
+
+def test_pictures_on_one_page_share_no_name():
+    first, second = (set(re.findall(r"(?:id=\"|keyframes )([\w-]+)", to_svg(trace))) for trace in
+                     (wild_trace(), revising_trace()[1]))  # fmt: skip
+    assert len(first) > 20 and not first & second
+
+
+@needed
+def test_in_a_browser_a_text_is_all_holes_then_all_words(browser, tmp_path):
+    """The page's clock is set to one moment of the animation after another."""
+    _, trace = revising_trace()
+    (tmp_path / "a.svg").write_text(to_svg(trace), encoding="utf-8")
+    browser.complaints()
+    browser.open((tmp_path / "a.svg").as_uri())
+    film = Film(trace, 80)
+    script = """for (const a of document.getAnimations()) { a.pause(); a.currentTime = arguments[0] * 1000 }
+        const seen = q => [...document.querySelectorAll(q)].filter(e => +getComputedStyle(e).opacity > .5).length;
+        return [seen(".h"), seen(".w")]"""
+    for n in (0, 1, trace.n_steps // 2, trace.n_steps):
+        holes = trace.frame(n)[0].count(letters().mask_id)
+        at = LEAD + (n + 1) * film.each - 0.011 if n < trace.n_steps else film.total - 0.1
+        assert browser.run(script, at) == [holes, 12 - holes]
+    assert browser.complaints() == []
+
+
+def test_pieces_follow_one_another_and_lines_break_at_spaces():
     for width in (10, 33, 80):
-        places, n_lines = cells(wild_trace(), width)
-        end = (0, 0)
-        for cell in (cell for place in places for cell in place):
-            assert (cell.line, cell.column) >= end and cell.width == sum(map(columns, cell.text))
-            assert cell.column + cell.width <= width and cell.line < n_lines
-            end = (cell.line, cell.column + cell.width)
-        shown = "".join(cell.text for place in places for cell in place)
+        rows = lines(wild_trace(), width)
+        assert all(span("".join(piece.text for piece in row)) <= width for row in rows)
+        shown = "".join(piece.text for row in rows for piece in row)
         whole = "".join(wild_trace().texts(wild_trace().final))
-        assert shown.replace(" ", "") == re.sub("[\n\t ]", "", whole)
+        assert re.sub("[ \t]", "", shown) == re.sub("[\n\t ]", "", whole)
+        assert [piece.position for row in rows for piece in row if piece.gap] == list(range(len(ALL)))
+    words = Tokenizer.characters(["a bc"])
+    text = words.encode("aa bb cc")
+    broken = lines(Trace.record(by_hand(text, [[i] for i in range(8)], words.mask_id), words), 6)
+    assert ["".join(piece.text for piece in row) for row in broken] == ["aa bb ", "cc"]
+
+
+def test_what_stands_behind_the_end_of_the_text_is_not_drawn():
+    tokenizer = letters()
+    steps = by_hand([1, 2, 14, 14], [[3], [0], [1], [2]], MASK)
+    assert "EOS" not in "".join(svg_of(Trace.record(steps, tokenizer)).itertext())
+
+
+# ---- boards ---------------------------------------------------------------------------------------------------------
+
+
+def board_trace(in_place=True):
+    """A board of four cells, of which the first is given, as the model reads it: `1..1=1221`."""
+    tokenizer = Tokenizer.characters(["12.="])
+    text = tokenizer.encode("1..1=1221")
+    given = [0, 1, 2, 3, 4] + [5, 8] * in_place
+    order = [i for i in (7, 5, 8, 6) if i not in given]
+    steps = by_hand(text, [given, *([i] for i in order)], tokenizer.mask_id)[1:]
+    return Trace.record(steps, tokenizer)
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["clues stand in the answer", "clues are written again"])
+def test_a_board_fills_and_keeps_its_clues(in_place):
+    trace = board_trace(in_place)
+    assert trace.board(2) == [(5, "1"), (6, ""), (7, ""), (8, "1")]
+    root = ElementTree.fromstring(board_svg(trace, 2).encode())
+    assert [text.text for text in root.iter(f"{SVG}text")] == list("1221")
+    assert [text.get("class") for text in root.iter(f"{SVG}text")] == ["c", None, None, "c"]
+
+
+def test_a_text_that_is_no_board_is_refused():
+    with pytest.raises(BadInput, match="board: expected 16 cells, got 4 places"):
+        to_html(board_trace(), board=4)
+
+
+@needed
+def test_the_page_draws_a_board(browser, show):
+    spans = show(board_trace(), "step=1", board=2)
+    assert spans() == ["1", "░", "2", "1"] and spans(".given") == ["1", "1"]
+    browser.press("End")
+    assert spans() == list("1221") and browser.complaints() == []
 
 
 @plotting

@@ -6,7 +6,7 @@ const unpack = ([type, text]) => {
   return new {u1: Uint8Array, u2: Uint16Array, u4: Uint32Array}[type](bytes.buffer);
 };
 const [given, count, step, kind, token, sure, rivalToken, rivalP] = trace.columns.map(unpack);
-const {words, special, mask, joined, steps, top} = trace;
+const {words, special, mask, joined, steps, top, board} = trace;
 const [REVISED, PROPOSED, COMMITTED, ENDED] = [0, 1, 2, 3];
 const isSpecial = new Set(special), length = given.length;
 const first = new Uint32Array(length + 1), rival = new Map();  // event -> its place among the rivals
@@ -22,8 +22,17 @@ const spans = Array.from({length}, (_, i) => {
   return span;
 });
 const shown = new Array(length).fill("");
-$("text").append(...spans);
+const side = Math.sqrt(board.length), box = Math.round(Math.sqrt(side)), edge = new Array(length).fill("");
+const clue = new Map(board.filter(([, digit]) => digit));
+const ends = n => n % box === box - 1 && n < side - 1;  // a box, but not the board
+board.forEach(([i], n) => {
+  edge[i] = (ends(n % side) ? " right" : "") + (ends(Math.floor(n / side)) ? " below" : "");
+});
+$("text").classList.toggle("board", side > 0);
+$("text").style.gridTemplateColumns = `repeat(${side}, auto)`;
+$("text").append(...(side ? board.map(([i]) => spans[i]) : spans));
 $("slider").max = steps;
+$("most").textContent = steps;
 
 // The last event of position i in the first n steps, or first[i] - 1.
 function last(i, n) {
@@ -37,6 +46,7 @@ function last(i, n) {
 
 // [class, text, sureness] of position i after n steps.
 function look(i, n) {
+  if (clue.has(i)) return ["given", clue.get(i), 1];
   const e = last(i, n), none = e < first[i];
   if (none && given[i] !== mask) return ["given", words[given[i]], 1];
   if (none || kind[e] <= PROPOSED) {
@@ -62,7 +72,7 @@ function show(n) {
     if (shown[i] === state) return;
     shown[i] = state;
     spans[i].textContent = text;
-    spans[i].className = type + (i === chosen ? " chosen" : "");
+    spans[i].className = type + edge[i] + (i === chosen ? " chosen" : "");
     spans[i].style.setProperty("--sure", level);
   });
   $("slider").value = now;

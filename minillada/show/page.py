@@ -12,8 +12,11 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 
@@ -40,7 +43,7 @@ def level(probability: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.where(np.isnan(p), UNKNOWN, np.round(254 * np.nan_to_num(p))).astype(int)
 
 
-def document(trace: Trace) -> dict:
+def document(trace: Trace, board: int = 0) -> dict:
     """Collect what the page is told. Columns: the canvas before, the number of events per position, events, rivals."""
     there = trace.kind == COMMITTED
     found = zip(trace.step[there].tolist(), trace.position[there].tolist(), strict=True)
@@ -61,124 +64,209 @@ def document(trace: Trace) -> dict:
         "mask": number.get(trace.tokenizer.mask_id, -1),
         "joined": [[at, n, text, *map(number.get, final[at : at + n])] for at, n, text in trace.joined()],
         "columns": [pack(column) for column in packed],
+        "board": trace.board(board) if board else [],
     }
 
 
-def to_html(trace: Trace, title: str = "minillada") -> str:
-    """Make one page that needs nothing else: a slider, a player, and for each token how it came about."""
+def to_html(trace: Trace, title: str = "How this text appeared", board: int = 0) -> str:
+    """Make one page that needs nothing else: a slider, a player, and for each token how it came about. board: the side
+    of a board, as 4, if the text is one (see `Trace.board`); it is drawn as a board then."""
     page, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.html", "page.js"))
     allowed = {"script": script, "style": re.search("<style>(.*)</style>", page, re.DOTALL)[1]}
     hashes = {k: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for k, text in allowed.items()}
     parts = {
         "POLICY": "default-src 'none'; " + "; ".join(f"{kind}-src 'sha256-{hash}'" for kind, hash in hashes.items()),
         "TITLE": html.escape(" ".join(display(title).split())),
-        "DATA": json.dumps(document(trace), separators=(",", ":")).replace("<", "\\u003c"),  # ASCII, and ends no script
+        "DATA": json.dumps(document(trace, board), separators=(",", ":")).replace("<", "\\u003c"),  # ends no script
         "SCRIPT": script,
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page)
 
 
-# ---- Pictures: the final text on a grid, every token at its place from the beginning ---------------------------------
+# ---- Pictures: every hole is equally wide, so that it does not tell which word will come -----------------------------
+
+Life = tuple[int, int, str, int]  # a token at its place: first step, step in which it was gone, text, level
 
 
-class Cell(NamedTuple):  # a piece of a token on one line
-    line: int
-    column: int
-    width: int
+class Piece(NamedTuple):  # of a token, on one line
+    position: int
     text: str
+    gap: int  # columns while it is a hole; 0 if the token began on the line before
 
 
-def cells(trace: Trace, width: int = 80) -> tuple[list[list[Cell]], int]:
-    """Lay the final text out: return the cells of each position, and how many lines there are."""
-    texts = trace.texts(trace.final)
+def span(text: str) -> int:
+    """Return how many columns a text takes."""
+    return sum(map(columns, text))
+
+
+def lines(trace: Trace, width: int) -> list[list[Piece]]:
+    """Break the final text at spaces into lines of at most `width` columns, in which its holes alone have room too. A
+    hole is as wide as the mean token. Special tokens, as the end of the text, show nothing."""
+    special, mask_id = trace.tokenizer.special_ids, trace.tokenizer.mask_id
+    texts = [text * (token not in special) for text, token in zip(trace.texts(trace.final), trace.final, strict=True)]
     for at, n, text in trace.joined():
         texts[at : at + n] = [text] + [""] * (n - 1)
-    line, column, found = 0, 0, []
-    for text in texts:
-        mine = []
-        for i, piece in enumerate(text.expandtabs(4).split("\n")):
-            if i:
-                line, column = line + 1, 0
-            while piece or not mine:
-                if column and column + max(sum(map(columns, piece)), 1) > width:
-                    line, column = line + 1, 0
-                cut = next((k for k in range(len(piece)) if sum(map(columns, piece[: k + 1])) > width), len(piece))
-                mine.append(Cell(line, column, sum(map(columns, piece[:cut])), piece[:cut]))
-                column, piece = column + mine[-1].width, piece[cut:]
-        found.append(mine)
-    return found, line + 1
+    ours = [text for text, token in zip(texts, trace.given, strict=True) if text and token == mask_id]
+    hole = max(1, round(span("".join(ours)) / max(1, len(ours))))
+    full = lambda parts: max(span("".join(text for _, text in parts)), hole * len({at for at, _ in parts})) > width
+    words: list[list[tuple[int, str]]] = []  # (position, text): what no line break divides
+    for position, text in enumerate(texts):
+        for part in re.findall(rf"\n|[^\S\n]+|\S{{1,{width // 2}}}", text.expandtabs(4)) or [""]:
+            apart = not words or part.isspace() or words[-1][-1][1].isspace() or full([*words[-1], (position, part)])
+            words += [[]] * apart
+            words[-1] = [*words[-1], (position, part)]
+    found: list[list[tuple[int, str]]] = [[]]
+    for word in words:
+        position, text = word[0]
+        if text == "\n":
+            found[-1:] = [[*found[-1], (position, "")], []]
+        elif text.isspace() or not full(found[-1] + word):  # a space may stand beyond the end of the line
+            found[-1] = found[-1] + word
+        else:
+            brought = found[-1][-1:] and found[-1][-1][0] == position and found[-1][-1][1].isspace()
+            found[-1:] = [found[-1][: -1 if brought else None], word]  # a token's own space does not begin a line
+    heads = {at: number for number, line in reversed(list(enumerate(found))) for at, _ in line}
+    rows = [[(at, "".join(text for _, text in parts)) for at, parts in groupby(line, itemgetter(0))] for line in found]
+    return [[Piece(at, text, hole * (heads[at] == n)) for at, text in row] for n, row in enumerate(rows)]
 
 
-def states(trace: Trace) -> list[list[tuple[int, int, str, int]]]:
-    """Return for each position the tokens written there: (first step, step in which it was gone, text, level)."""
-    found: list[list] = [[] for _ in trace.given]
-    for position, token, first, gone, sure in trace.spans():
-        text = trace.texts([token])[0].replace("\n", "⏎")
-        found[position].append((first, gone, text, int(level([sure])[0])))
+def states(trace: Trace) -> list[list[Life]]:
+    """Return for each position the tokens written there; special ones show nothing."""
+    found: list[list[Life]] = [[] for _ in trace.given]
+    for position, token, begin, gone, sure in trace.spans():
+        text = "" if token in trace.tokenizer.special_ids else trace.texts([token])[0].replace("\n", "⏎")
+        found[position].append((begin, gone, text.expandtabs(4), int(level([sure])[0])))
     return found
 
 
-STYLE = """text{font:14px ui-monospace,'DejaVu Sans Mono',Menlo,Consolas,monospace;white-space:pre;fill:#22252b}
-.p{fill:#fdfcf9}.h{fill:#cfd2d6}.n{fill:#7fdca4}.g{fill:#6a7079}.d{fill:#f08c1a}
-@media(prefers-color-scheme:dark){text{fill:#e4e6ea}.p{fill:#16181d}.h{fill:#454b55}.n{fill:#1d7a4a}.g{fill:#989fa9}}"""
-WIDE, HIGH, PAD = 8.4, 22.0, 12.0  # pixels: a column, a line, the margin
-LEAD, HOLD, FRESH = 0.6, 3.0, 0.5  # seconds: of masks, of the finished text, that a new token stays marked
+LIGHT = "--ink:#22252b;--paper:#fdfcf9;--hole:#d3d6da;--new:#7fdca4;--faint:#6a7079"
+DARK = "--ink:#e4e6ea;--paper:#16181d;--hole:#3d434d;--new:#1d7a4a;--faint:#989fa9"
+# --p: how far a token is there; --n: how new it is. Without animation all are there, and none is new.
+STYLE = f"""@property --p{{syntax:"&lt;number>";inherits:true;initial-value:1}}
+@property --n{{syntax:"&lt;number>";inherits:true;initial-value:0}}
+${{--p:1;--n:0;{LIGHT}}}@media(prefers-color-scheme:dark){{${{{DARK}}}}}
+$ text{{font:14px ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;fill:var(--ink)}}$ .g{{fill:var(--faint)}}
+$ .p{{fill:var(--paper)}}$ .h{{fill:var(--hole);opacity:calc(1 - var(--p))}}$ .w{{opacity:var(--p)}}$ .o{{--p:0}}
+$ .d{{fill:#f08c1a;fill:color-mix(in srgb,var(--new) calc(100%*var(--n)),#f08c1a);fill-opacity:max(var(--n),var(--d))}}
+@media(prefers-reduced-motion:reduce){{$ *{{animation:none!important}}}}
+"""  # $: this picture alone, for pages that hold several
+WIDE, HIGH, PAD, CELL = 8.4, 24.0, 14.0, 52  # pixels: a column, a line, the margin, a board's cell
+LEAD, HOLD = 0.8, 4.0  # seconds: of holes alone, of the finished text
+SLIDE, FRESH = 0.2, 0.8  # seconds: in which a new token makes itself room, that it stays marked
 
 
 def seconds(trace: Trace) -> float:
     """Return how long to show one step, so that all take about eight seconds."""
-    return min(0.4, max(0.02, 8 / trace.n_steps))
+    return min(0.5, max(0.02, 8 / trace.n_steps))
 
 
-def blink(shown: list[tuple[float, float]], total: float) -> str:
-    """Return an SVG animation that shows its element in these (from, to) seconds of every `total` seconds."""
-    moments = {0.0: 0}
-    for start, stop in shown:
-        moments |= {start: 1, stop: 0}
-    moments = {at: value for at, value in sorted(moments.items()) if at < total}
-    values, times = ";".join(map(str, moments.values())), ";".join(f"{at / total:.4f}" for at in moments)
-    return (f'<animate attributeName="opacity" dur="{total:.2f}s" repeatCount="indefinite" calcMode="discrete" '
-            f'values="{values}" keyTimes="{times}"/>')  # fmt: skip
+class Film:
+    """The animations of a picture; equal ones are written once."""
+
+    def __init__(self, trace: Trace, size: int) -> None:
+        self.each, self.end, self.names = seconds(trace), trace.n_steps, {}
+        self.id = f"m{crc32(trace.final.tobytes() + trace.step.tobytes() + str(size).encode()) % 65536:x}"
+        self.hole = f'<use href="#{self.id}h" class="h" opacity="0"/>'
+        self.total = LEAD + self.end * self.each + HOLD
+
+    def play(self, lives: list[Life], widths: Sequence[float] = ()) -> str:
+        """Return the style with which these tokens come and go at one place; widths: of each, if there are several."""
+        moments, before = {0.0: "--p:0"}, -1
+        for i, (begin, gone, *_) in enumerate(lives):
+            own = f";--w:{widths[i]:.1f}px" if widths else ""
+            start, stop = (LEAD + (n + 1) * self.each for n in (begin, gone if gone < self.end else 9 * self.end))
+            moments[start] = f"--p:{int(before == begin)};--n:1{own}"
+            moments[min(start + SLIDE, stop - 0.008)] = f"--p:1;--n:1{own}"
+            moments[min(start + FRESH, stop - 0.004)] = f"--p:1;--n:0{own}"
+            if gone < self.end:
+                moments |= {stop - 0.002: f"--p:1;--n:0{own}", stop: "--p:0;--n:0"}
+            before = gone
+        moments[self.total] = [*moments.values()][-1]
+        body = "".join(f"{100 * at / self.total:.3f}%{{{look}}}" for at, look in moments.items())
+        return f"animation-name:{self.names.setdefault(body, f'{self.id}-{len(self.names)}')}"
+
+    def word(self, drawn: str, life: Life, among: int) -> str:
+        """Draw one of the `among` tokens that stand at a place in turn."""
+        turn, gone = among > 1, life[1] < self.end
+        look = f' style="{self.play([life])}"' * turn + ' opacity="0"' * gone
+        return f'<g class="w{" t" * turn}{" o" * gone}"{look}>{drawn}</g>'
+
+    def picture(self, width: float, height: float, inside: str, style: str = "") -> str:
+        """Return the SVG with all that was played."""
+        frames = "".join(f"@keyframes {name}{{{body}}}\n" for body, name in self.names.items())
+        style = f"{STYLE}{style}$ .t{{animation:{self.total:.2f}s ease-out infinite}}\n".replace("$", f"#{self.id}")
+        size = f'id="{self.id}" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
+        paper = '<rect class="p" width="100%" height="100%" rx="8"/>'
+        return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}{frames}</style>{paper}{inside}</svg>'
 
 
-def svg_text(cell: Cell, style: str = "") -> str:
-    if not cell.text.strip():
-        return ""
-    text = html.escape(re.sub("[\ufffe\uffff]", "\ufffd", cell.text))  # the two that XML has no place for
-    x, y = PAD + cell.column * WIDE, PAD + cell.line * HIGH + 16
-    fitted = f'textLength="{cell.width * WIDE:.1f}" lengthAdjust="spacingAndGlyphs"'  # whatever the font
-    return f'<text x="{x:.1f}" y="{y:.1f}" {fitted}{style}>{text}</text>'
+def mark(place: str, sure: int) -> str:
+    """Draw what lies under a token: green while it is new, then orange, the deeper the less sure."""
+    doubt = 0 if sure == UNKNOWN else (1 - sure / 254) * 0.5
+    return f'<rect class="d" {place} style="--d:{doubt:.2f}" fill-opacity="{doubt:.2f}"/>'
 
 
-def svg_box(cell: Cell, style: str, inside: str = "") -> str:
-    x, y, width = PAD + cell.column * WIDE, PAD + cell.line * HIGH + 2, max(1, cell.width) * WIDE - 1
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="18" rx="3" {style}>{inside}</rect>'
+def svg_text(text: str, sure: int | None = None) -> str:
+    """Draw a piece of text, on its mark if it was written, and faint if it was given."""
+    bare, x = text.strip(), WIDE * (len(text) - len(text.lstrip()))
+    wide, inner = WIDE * span(bare), html.escape(re.sub("[\ufffe\uffff]", "\ufffd", bare))  # XML has no place for these
+    under = "" if sure is None else mark(f'x="{x - 1:.1f}" y="-14" width="{wide + 2:.1f}" height="19" rx="3"', sure)
+    fitted = f'x="{x:.1f}" textLength="{wide:.1f}" lengthAdjust="spacingAndGlyphs"'  # whatever the font
+    style = ' class="g"' if sure is None else ""
+    return f"{under}<text {fitted}{style}>{inner}</text>" if bare else ""
 
 
 def to_svg(trace: Trace, width: int = 80) -> str:
-    """Draw the text appearing, over and over, light or dark as the reader's system is. It needs no script."""
-    each, (places, n_lines) = seconds(trace), cells(trace, width)
-    total = LEAD + trace.n_steps * each + HOLD
-    when = lambda step: LEAD + (step + 1) * each if step < trace.n_steps else 2 * total
-    out = []
-    for place, life in zip(places, states(trace), strict=True):
-        if not life:
-            out += [svg_text(cell, ' class="g"') for cell in place]
-            continue
-        gaps = zip([0.0, *(when(gone) for _, gone, *_ in life)], [*(when(first) for first, *_ in life)], strict=False)
-        hole = blink([(a, b) for a, b in gaps if a < b], total)
-        out += [svg_box(cell, 'class="h" opacity="0"', hole) for cell in place]
-        for first, gone, text, sure in life:
-            last = gone == trace.n_steps
-            mine = place if last else [place[0]._replace(text=text, width=max(1, min(place[0].width, len(text))))]
-            doubt = "" if sure == UNKNOWN else f'class="d" fill-opacity="{(1 - sure / 254) * 0.5:.2f}"'
-            new = blink([(when(first), min(when(gone), when(first) + max(each, FRESH)))], total)
-            inside = [svg_box(cell, doubt) * bool(doubt) + svg_box(cell, 'class="n" opacity="0"', new)
-                      + svg_text(cell) for cell in mine]  # fmt: skip
-            out.append(f'<g opacity="{int(last)}">{"".join(inside)}{blink([(when(first), when(gone))], total)}</g>')
-    w, h = 2 * PAD + width * WIDE, 2 * PAD + n_lines * HIGH
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:.0f} {h:.0f}" width="{w:.0f}" height="{h:.0f}">'
-    return f'{head}<style>{STYLE}</style><rect class="p" width="100%" height="100%" rx="8"/>{"".join(out)}</svg>'
+    """Draw the text appearing, over and over, light or dark as the reader's system is. It needs no script. A token that
+    comes pushes the rest of its line to where it then has room."""
+    film, lives, rows = Film(trace, width), states(trace), lines(trace, width)
+    hole = WIDE * max(piece.gap for row in rows for piece in row)
+    out, widest = "", np.zeros(trace.n_steps + 1)
+    for number, row in enumerate(rows):
+        rest, used = "", np.zeros(trace.n_steps + 1)  # the rest of the line; how wide it is after each step
+        for position, text, gap in reversed(row):
+            end, mine = WIDE * span(text), lives[position] if gap else lives[position][-1:]
+            if not lives[position]:
+                rest = f'{svg_text(text)}<g transform="translate({end:.1f})">{rest}</g>'
+                used += end
+                continue
+            texts = [*(life[2] for life in mine[:-1]), text]
+            widths = [WIDE * span(each) for each in texts]
+            used += WIDE * gap
+            for (begin, gone, *_), wide in zip(mine, widths, strict=True):
+                used[begin + 1 : gone + 1] += wide - WIDE * gap
+            style = f"--w:{end:.1f}px;{film.play(mine, widths if len(mine) > 1 else ())}"
+            words = [film.word(svg_text(t, life[3]), life, len(mine)) for t, life in zip(texts, mine, strict=True)]
+            block = film.hole * (gap > 0)
+            style_x = ' class="x"' * (gap > 0)
+            after = f'<g{style_x} transform="translate({end:.1f})">{rest}</g>' if rest else ""
+            rest = f'<g class="t" style="{style}">{block}{"".join(words)}{after}</g>'
+        out += f'<g transform="translate({PAD:.0f} {PAD + number * HIGH + 17:.0f})">{rest}</g>\n'
+        widest = np.maximum(widest, used)
+    shift = f"$ .x{{transform:translateX(calc({hole:.1f}px*(1 - var(--p)) + var(--w)*var(--p)))}}\n"
+    block = f'<defs><rect id="{film.id}h" x="2" y="-14" width="{hole - 3:.1f}" height="19" rx="3"/></defs>'
+    return film.picture(widest.max() + 2 * PAD, len(rows) * HIGH + 2 * PAD, block + out, shift)
+
+
+def board_svg(trace: Trace, side: int = 4) -> str:
+    """Draw a board, as of a Sudoku, whose cells fill one after another, over and over. Given digits are bold."""
+    film, lives, box, whole = Film(trace, side), states(trace), round(side**0.5), side * CELL
+    out = f'<defs><rect id="{film.id}h" x="-12" y="-12" width="24" height="24" rx="4"/></defs>'
+    for number, (position, clue) in enumerate(trace.board(side)):
+        x, y = (PAD + (i + 0.5) * CELL for i in (number % side, number // side))
+        digit = lambda text, style="": f'<text y="8" text-anchor="middle"{style}>{html.escape(text.strip())}</text>'
+        under = f'x="{2 - CELL / 2}" y="{2 - CELL / 2}" width="{CELL - 4}" height="{CELL - 4}" rx="4"'
+        mine = [] if clue else lives[position]
+        words = [film.word(mark(under, life[3]) + digit(life[2]), life, len(mine)) for life in mine]
+        hole = film.hole + "".join(words) if mine else digit(clue, ' class="c"')
+        style = f' class="t" style="{film.play(mine)}"' if mine else ""
+        out += f'<g{style} transform="translate({x:.0f} {y:.0f})">{hole}</g>\n'
+    for i in range(side + 1):
+        at, strong = PAD + i * CELL, ' class="b"' * (i % box == 0)
+        out += f'<path{strong} d="M{at:.0f} {PAD:.0f}v{whole}M{PAD:.0f} {at:.0f}h{whole}"/>'
+    style = "$ text{font-size:23px}$ .c{font-weight:700}$ path{stroke:var(--hole)}"
+    style += "$ .b{stroke:var(--faint);stroke-width:2;stroke-linecap:square}\n"
+    return film.picture(whole + 2 * PAD, whole + 2 * PAD, out, style)
 
 
 def to_gif(trace: Trace, width: int = 80, most: int = 150) -> bytes:
@@ -187,24 +275,31 @@ def to_gif(trace: Trace, width: int = 80, most: int = 150) -> bytes:
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSansMono.ttf", 14)
-    (places, n_lines), lives, n = cells(trace, width), states(trace), trace.n_steps
+    rows, lives, n = lines(trace, width), states(trace), trace.n_steps
     moments = np.unique(np.linspace(0, n, min(n, most) + 1).round().astype(int)).tolist()
-    size, frames = (round(2 * PAD + width * WIDE), round(2 * PAD + n_lines * HIGH)), []
+    pictures, widest = [], 1
     for before, done in zip([-1, *moments], moments, strict=False):
-        frame = Image.new("RGB", size, "#16181d")
-        pen = ImageDraw.Draw(frame)
-        for place, life in zip(places, lives, strict=True):
-            now = next((state for state in life if state[0] < done and (state[1] >= done or state[1] == n)), None)
-            for cell in place:
-                x, y = PAD + cell.column * WIDE, PAD + cell.line * HIGH
-                box = (x, y + 2, x + max(1, cell.width) * WIDE - 1, y + 20)
-                text = cell.text if now is None or now[1] == n else now[2][: max(1, cell.width)] * (cell is place[0])
-                hole = life and now is None
-                if hole or (now and now[0] >= before):
-                    pen.rectangle(box, "#454b55" if hole else "#1d7a4a")
-                if not hole:
-                    pen.text((x, y + 3), text, "#e4e6ea" if life else "#989fa9", font)
-        frames.append(frame)
+        pictures.append([])
+        for number, row in enumerate(rows):
+            x = 0
+            for position, text, gap in row:
+                now = next((life for life in lives[position] if life[0] < done <= life[1]), None)
+                is_hole = bool(lives[position]) and now is None
+                text = now[2] * (gap > 0) if now and now[1] < n else text
+                wide = gap if is_hole else span(text)
+                colour = "#454b55" if is_hole else "#1d7a4a" if now and now[0] >= before else None
+                pictures[-1].append((number, x, wide, colour, "" if is_hole else text, bool(lives[position])))
+                x += wide
+            widest = max(widest, x)
+    size, frames = (round(2 * PAD + widest * WIDE), round(2 * PAD + len(rows) * HIGH)), []
+    for picture in pictures:
+        frames.append(Image.new("RGB", size, "#16181d"))
+        pen = ImageDraw.Draw(frames[-1])
+        for number, column, wide, colour, text, ours in picture:
+            x, y = PAD + column * WIDE, PAD + number * HIGH
+            if colour and wide:
+                pen.rectangle((x + 1, y + 2, x + wide * WIDE - 2, y + 20), colour)
+            pen.text((x, y + 3), text, "#e4e6ea" if ours else "#989fa9", font)
     palette = frames[len(frames) // 2].quantize(32)
     small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     each, buffer = max(20, round(1000 * seconds(trace) * n / len(frames))), io.BytesIO()

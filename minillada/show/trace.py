@@ -102,3 +102,15 @@ class Trace:
         for (p, s, kind, token, sure), (after, until, *_) in pairwise([*events, (-1, 0)]):
             if kind != REVISED:
                 yield int(p), int(token), int(s), int(until) if after == p else self.n_steps, float(sure)
+
+    def board(self, side: int) -> list[tuple[int, str]]:
+        """Return (position, given digit or "") of the cells of a board, in reading order: after `1..3…=`, the places
+        behind the `=`, one token each; without a `=`, the first places. Raises BadInput if there are too few."""
+        texts, n = self.texts(self.given), side * side
+        start = texts.index("=") + 1 if "=" in texts else 0
+        if side < 1 or start + n > len(texts):
+            raise BadInput(f"board: expected {n} cells, got {len(texts) - start} places; trace a board of side {side}")
+        asked = "".join(texts[: max(0, start - 1)])[-n:].rjust(n, ".")
+        held = zip(texts[start:], self.given[start:], asked, strict=False)
+        clues = [text if token != self.tokenizer.mask_id else sign.strip(".") for text, token, sign in held]
+        return list(enumerate(clues, start))
