@@ -330,7 +330,7 @@ def to_order(trace: Trace) -> bytes:
     return buffer.getvalue()
 
 
-FORMS: dict[str, tuple[Callable[[Trace], str | bytes], str]] = {
+FORMS: dict[str, tuple[Callable[..., str | bytes], str]] = {
     "html": (to_html, "a page to replay the run step by step, in any browser"),
     "svg": (to_svg, "an animation of the text appearing, light and dark"),
     "gif": (to_gif, "the same as a GIF (needs the extra `plot`)"),
@@ -348,7 +348,7 @@ def check_file(form: str, path: Path) -> None:
         raise BadLuck(f"{form}: expected matplotlib, got none; pip install 'minillada[plot]'")
 
 
-def save(trace: Trace, form: str, path: Path) -> None:
-    """Write one of the forms, whole or not at all. Raises BadLuck."""
-    made = FORMS[form][0](trace)
+def save(trace: Trace, form: str, path: Path, **options: object) -> None:
+    """Write one of the forms, whole or not at all; options: those of its function, as board=4. Raises BadLuck."""
+    made = FORMS[form][0](trace, **options)
     write_file(path, [made.encode() if isinstance(made, str) else made])
