@@ -1,30 +1,38 @@
 """Let a trained model write: after a prompt, into the holes of a text, or in a chat."""
 
+import sys
 from argparse import Namespace
+
+if sys.stderr.isatty():
+    print("loading…", end="\r", file=sys.stderr, flush=True)  # importing PyTorch takes seconds
 
 from minillada.commands.ask import add_questions, answer_file, defaults_of, files_of, make_talker, parse, question, show
 from minillada.commands.chat import chat
-from minillada.commands.cli import Parser, newest_run, run
+from minillada.commands.cli import Parser, here, run
 from minillada.sampler import stream
-from minillada.weights.checkpoint import check, load
+from minillada.weights.checkpoint import load, locate
 from minillada.weights.device import pick_device
 
 EXAMPLES = """examples:
-  python sample.py                                            the newest run writes freely
-  python sample.py runs/docs-tiny-1 --prompt "The return "    it goes on from there
-  python sample.py runs/docs-tiny-1 --fill "If the[MASK] is not a[MASK]"
-  python sample.py runs/docs-tiny-1 --temperature 1 --commit first-hitting --block-len 128    an exact sample
+  python sample.py                                       the newest run writes
+  python sample.py tales --prompt "Once upon a time"     a shipped model goes on
+  python sample.py tales --fill "Once upon a time a[MASK] child named[MASK]."
+  python sample.py sudoku4 --prompt "2.14..3.342..24.="  it solves a 4x4 board
+  python sample.py questions --chat                      it answers
+  python sample.py tales --watch 0.2 --html run.html     to follow, and to keep
+  python sample.py tales --temperature 1 --commit first-hitting --gen-len 96 \\
+                         --block-len 96                  an exact sample
   python sample.py runs/docs-tiny-1 --prompts lines.txt --out answers.jsonl
-  python sample.py runs/docs-tiny-1 --watch 0.2 --html run.html --svg run.svg    to be followed, and to be kept
+  python sample.py GSAI-ML/LLaDA-8B-Base --hub --prompt "The capital of"
 
-A run of train_tiny.py is drawn from at temperature 0.7 in random order unless told otherwise: filling in the surest
-first (--temperature 0 --remasking low_confidence, the default for other models) makes so small a one repeat itself.
+A model is decoded as its generation_config.json says, unless told otherwise.
 """
 
 
 def options() -> Namespace:
     p = Parser(__doc__, EXAMPLES)
-    p.add_argument("run", nargs="?", help="a run directory, or any model directory (default: the newest run)")
+    p.add_argument("run", nargs="?", help="a run, a model directory or a shipped model (default: the newest run)")
+    p.add_argument("--hub", action="store_true", help="fetch RUN, as OWNER/NAME, from the Hugging Face hub")
     add_questions(p, required=False)
     return parse(p)
 
@@ -32,10 +40,10 @@ def options() -> Namespace:
 def main() -> None:
     args = options()
     device = pick_device(args.device)
-    name = args.run or str(newest_run())
-    directory = check(name).directory
+    name = here(args.run, args.hub, fix="choose one, or add --hub")
+    directory = locate(name, progress=True)
     model, tokenizer = load(directory, device)
-    talker = make_talker(directory, name, model, tokenizer, args, **defaults_of(name, directory))
+    talker = make_talker(directory, name, model, tokenizer, args, **defaults_of(directory))
     if args.chat:
         chat(args, talker)
     elif args.prompts is not None:

@@ -4,9 +4,10 @@ import sys
 from importlib import import_module
 
 from .commands.cli import run
-from .errors import BadInput
+from .errors import check_one_of
 
 COMMANDS = {  # name -> (module, what it does)
+    "play": ("commands.play", "a story appears, a board solves itself: see what masked diffusion is"),
     "evaluate": ("commands.evaluate", "measure a model: a text, gaps, options, toy tasks"),
     "tasks": ("commands.tasks", "write a toy task with known answers"),
     "read": ("commands.read", "read the course in the browser: the code, with its prose and equations beside it"),
@@ -22,8 +23,7 @@ def main() -> None:
         print("\n".join(f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()))
         return
     name = sys.argv.pop(1)
-    if name not in COMMANDS:
-        raise BadInput(f"command: expected one of {', '.join(COMMANDS)}, got {name!r}; choose one")
+    check_one_of("command", name, COMMANDS)
     sys.argv[0] = f"python -m minillada {name}"
     import_module(f".{COMMANDS[name][0]}", __package__).main()
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import subprocess
@@ -18,7 +19,15 @@ from minillada.errors import BadInput, BadLuck
 from minillada.text import corpora
 from minillada.text import ids as on_disk
 from minillada.text.corpora import cache_dir, read_text
-from minillada.text.ids import batches, tokenise, validation_batch
+from minillada.text.ids import (
+    batches,
+    by_documents,
+    document_batches,
+    document_rows,
+    tokenise,
+    validation_batch,
+    whole_documents,
+)
 from minillada.text.tokenizer import Tokenizer
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX files")
@@ -534,3 +543,35 @@ def test_what_is_written_about_the_tokens_is_plain_json(file, tmp_path):
     tokenise(file("the cat sat on the mat"), BYTES, tmp_path / "ids")
     about = json.loads(next((tmp_path / "ids").glob("*/counts.json")).read_bytes())
     assert about["dtype"] == "uint16" and about["val"] == {"tokens": 3, "characters": 3, "bytes": 3}
+
+
+# ---- A document in each row ----
+
+
+def test_documents_are_what_stands_between_two_ends_of_text():
+    tokens = np.array([5, 6, 1, 7, 1, 8, 8, 8, 1, 9], np.uint16)  # the first may be cut, the last has no end
+    spans = whole_documents(tokens, eos_id=1)
+    assert spans.tolist() == [[3, 5], [5, 9]]
+    assert document_rows(tokens, spans, 5).tolist() == [[7, 1, 1, 1, 1], [8, 8, 8, 1, 1]]
+    with pytest.raises(BadInput, match="expected many documents"):
+        whole_documents(np.array([5, 6, 1]), 1)
+
+
+def test_every_document_comes_once_in_an_epoch_and_batch_n_depends_on_n_alone():
+    tokens = np.array([1, *(token for n in range(10, 17) for token in (n, 1))], np.uint16)
+    spans = whole_documents(tokens, 1)
+    seen = [row[0] for batch in itertools.islice(document_batches(tokens, spans, 7, 3, 0), 3) for row in batch.tolist()]
+    assert [sorted(seen[i : i + 7]) for i in (0, 7, 14)] == [list(range(10, 17))] * 3 and seen[:7] != seen[7:14]
+    far = list(itertools.islice(document_batches(tokens, spans, 3, 3, 4), 6))
+    assert torch.equal(far[5], next(document_batches(tokens, spans, 3, 3, 4, start=5)))
+
+
+def test_a_token_of_a_padded_row_has_fewer_characters_and_a_document_that_is_too_long_is_refused(file, tmp_path):
+    lines = "".join(json.dumps({"text": "ab" * n}) + "\n" for n in (1, 2, 1, 2) * 10)
+    text = tokenise(file(lines.encode(), "a.jsonl"), BYTES, tmp_path / "cache")
+    rows = by_documents(text, 8, BYTES.eos_id)
+    spans = whole_documents(text.val, BYTES.eos_id)
+    letters = sum(stop - start - 1 for start, stop in spans)
+    assert rows.characters_per_token == pytest.approx(letters / (8 * len(spans)), rel=0.1)
+    with pytest.raises(BadInput, match="at most 4 tokens, got one of 5"):
+        by_documents(text, 4, BYTES.eos_id)

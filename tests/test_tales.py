@@ -7,7 +7,17 @@ from math import log
 import pytest
 
 from minillada.text import tales as module
-from minillada.text.tales import GRAMMAR, TALE, entropy_per_character, expected_length, tales, tell
+from minillada.text.tales import (
+    GRAMMAR,
+    TALE,
+    entropy_per_character,
+    expected_length,
+    flawless,
+    is_tale,
+    mistake,
+    tales,
+    tell,
+)
 
 COLUMNS = {word: key for key in GRAMMAR for word in key.split("|")}
 
@@ -82,3 +92,46 @@ def test_rolls_are_uniform():
         counts[next(name for name in names if re.search(rf"\b{name}\b", tale))] += 1
     chi2 = sum((count - n / len(names)) ** 2 / (n / len(names)) for count in counts.values())
     assert chi2 < 62  # 31 degrees of freedom: exceeded once in a thousand
+
+
+# ---- The parser ----
+
+
+def test_every_tale_is_flawless_and_one_changed_letter_is_not():
+    told = list(tales(7, 60))
+    assert flawless(told) == 1.0
+    for i, tale in enumerate(told):
+        at = (37 * i) % len(tale)
+        assert not is_tale(tale[:at] + "#" + tale[at + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(" his ", " her "), (" red drum", " red flute"), ("the badger", "the robin"), ("Abel kept", "Ada kept")],
+)
+def test_a_pronoun_a_thing_a_friend_or_a_hero_that_changes_is_a_mistake_found_where_it_stands(old, new):
+    rows = {"name|she|her|him|She": "Abel|he|his|him|He", "friend": "badger", "colour": "red"}
+    rows["thing|lost|found"] = next(row for row in GRAMMAR["thing|lost|found"] if row.startswith("drum"))
+    rows["opening"], rows["treasure"] = GRAMMAR["opening"][0], GRAMMAR["treasure"][1]
+    rows["finding"], rows["ending"] = GRAMMAR["finding"][1], GRAMMAR["ending"][1]
+    tale = tell({columns: choices[0] for columns, choices in GRAMMAR.items()} | rows)
+    assert is_tale(tale) and old in tale
+    head, _, tail = tale.rpartition(old)
+    changed = head + new + tail
+    assert not is_tale(changed)
+    assert len(head) <= mistake(changed) <= len(head) + len(new)
+
+
+def test_a_mistake_is_where_no_tale_goes_on():
+    assert mistake("There was once a brave ship") == len("There was once a brave ")
+    tale = next(tales(0, 1))
+    assert mistake(tale) is None
+    assert mistake(tale[:100]) == 100  # a beginning: right to its last letter, but not at its end
+    assert mistake(f"{tale} ") == len(tale)
+    assert mistake("") == 0
+
+
+def test_the_share_of_flawless_tales_counts_texts_and_not_the_blanks_round_them():
+    one = next(tales(0, 1))
+    assert flawless([f" {one}\n", "Once upon a time.", one, one]) == 0.75
+    assert flawless([]) == 0.0

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from ..errors import BadInput, BadLuck, check_number, check_whole
+from ..files import CONFIG_CAP, read_json
 from ..model import LLaDA
-from ..sampler import Canvas, SampleConfig, Step, answer_of, generate
+from ..sampler import Canvas, SampleConfig, Step, answer_of, stream
 from ..show.page import FORMS, check_file, save
 from ..show.terminal import watch
 from ..show.trace import Trace
@@ -20,14 +22,27 @@ from ..text.chat import ChatTemplate, check_size
 from ..text.corpora import json_lines, plain_text
 from ..text.tokenizer import Tokenizer, display
 from ..weights.checkpoint import expect_tokenizer
-from .cli import add_sampling, sample_config
+from .cli import SAMPLING, SWITCHES, add_sampling, sample_config, tell
 
 
-def defaults_of(name: str, directory: Path) -> dict:
-    """Return how to draw from a model unless told otherwise, as fields of SampleConfig. A run of train_tiny.py is too
-    small to be decoded by its confidence, unless it was taught to answer: then its checkpoints have a template."""
-    wild = (Path(name) / "run.json").exists() and not (directory / "chat_template.jinja").exists()
-    return {"temperature": 0.7, "remasking": "random"} if wild else {}
+def guide_of(directory: Path) -> dict:
+    """Return what a model directory's generation_config.json says for us: "sampling", fields of SampleConfig, and
+    "examples", {"prompt": texts, "fill": texts}; {} if nothing. Raises BadInput for another form."""
+    path = directory / "generation_config.json"
+    guide = read_json(path, CONFIG_CAP).get("minillada", {}) if path.is_file() else {}
+    sampling = guide.get("sampling", {}) if isinstance(guide, dict) else None
+    if not isinstance(sampling, dict) or sampling.keys() - {*SAMPLING, *SWITCHES}:
+        what = f"{path}: expected fields of SampleConfig in minillada.sampling, got {str(sampling)[:80]}"
+        raise BadInput(f"{what}; correct the file, or delete it")
+    return guide
+
+
+def defaults_of(directory: Path) -> dict:
+    """Return how to decode a model unless told otherwise, as fields of SampleConfig."""
+    return guide_of(directory).get("sampling", {})
+
+
+USUAL = ("quota", "none")  # rules that a summary does not name
 
 
 class Talker(NamedTuple):
@@ -38,6 +53,8 @@ class Talker(NamedTuple):
     template: ChatTemplate
     instruct: bool  # a prompt is a message, put into the template; else a text to go on with
     defaults: dict  # fields of SampleConfig
+    name: str  # what the user called it
+    taught: bool  # to answer messages, as far as its files tell
 
     def config(self, args: argparse.Namespace, prompt_len: int, **more: object) -> SampleConfig:
         """Return how to decode: what the options say, then `more`, then the model's defaults."""
@@ -125,13 +142,36 @@ def answer_file(args: argparse.Namespace, talker: Talker) -> None:
     """Write a line of JSON for every prompt in order, {"prompt": …, "answer": …}. Finished batches stay written."""
     texts = read_prompts(args.prompts)
     prompts = [talker.encode(text, f"{args.prompts}, prompt {i}") for i, text in enumerate(texts, start=1)]
-    config = talker.config(args, max(map(len, prompts)))
-    with open(args.out, "x", encoding="utf-8") if args.out else nullcontext(sys.stdout) as out:
-        for first in tqdm(range(0, len(texts), args.batch_size), unit="batch", disable=None):
+    config, start, nfe, written = talker.config(args, max(map(len, prompts))), time.perf_counter(), 0, 0
+    device, total = next(talker.model.parameters()).device, -(-len(texts) // args.batch_size) * config.steps
+    with open(args.out, "x", encoding="utf-8") if args.out else nullcontext(sys.stdout) as out, bar_of(total) as bar:
+        for first in range(0, len(texts), args.batch_size):
             now = slice(first, first + args.batch_size)
-            answers = generate(talker.model, prompts[now], config, args.seed)
-            for text, new in zip(texts[now], answers, strict=True):
-                print(json.dumps({"prompt": text, "answer": talker.tokenizer.decode(new)}), file=out, flush=True)
+            canvas = Canvas.continuation(prompts[now], config.gen_len, talker.model.config, device)
+            for step in stream(talker.model, canvas, config, args.seed):  # noqa: B007 the last one has the answers
+                bar.update()
+            nfe += step.nfe
+            for text, row in zip(texts[now], step.x[:, -config.gen_len :].tolist(), strict=True):
+                new = answer_of(row, config, talker.model.config)
+                written += len(new)
+                bar.write(json.dumps({"prompt": text, "answer": talker.tokenizer.decode(new)}), file=out)
+                out.flush()
+    if not args.quiet:
+        tell(summary(talker.name, config, args.seed, written, nfe, time.perf_counter() - start))
+
+
+def bar_of(steps: int) -> tqdm:
+    """Return a bar over steps that nobody sees; it appears on a terminal, after a second, and goes when it is full."""
+    return tqdm(total=steps, unit="step", delay=1, leave=False, dynamic_ncols=True, disable=None)
+
+
+def summary(name: str, c: SampleConfig, seed: int, written: int, nfe: int, seconds: float) -> str:
+    """Say in one line what has written, with which settings, and what it took."""
+    rules = [f"{what} {rule}" for what in ("commit", "revise", "cache") if (rule := getattr(c, what)) not in USUAL]
+    rules += [f"cfg_scale {c.cfg_scale:g}"] if c.cfg_scale else []
+    how = ", ".join([f"temperature {c.temperature:g}", f"order {c.remasking}", f"windows of {c.block_len}", *rules])
+    speed = f"{seconds:.1f} s, {written / max(seconds, 1e-9):,.0f} tokens/s"
+    return f"{name}: {how}; {nfe} evaluations, {speed}; seed {seed}"
 
 
 def files_of(args: argparse.Namespace) -> list[str]:
@@ -148,7 +188,7 @@ def make_talker(
     template = ChatTemplate.load(directory, tokenizer)
     last = name.replace("\\", "/").rstrip("/").split("/")[-1].lower()
     taught = "instruct" in last or (template.own and "base" not in last)  # base models too may bring a template
-    return Talker(model, tokenizer, template, not args.raw and (args.chat or taught), defaults)
+    return Talker(model, tokenizer, template, not args.raw and (args.chat or taught), defaults, name, taught)
 
 
 def question(args: argparse.Namespace, talker: Talker) -> Question:
@@ -185,14 +225,20 @@ def to_fill(args: argparse.Namespace, talker: Talker, what: str, text: str) -> Q
 def show(args: argparse.Namespace, talker: Talker, asked: Question, steps: Iterable[Step]) -> list[int]:
     """Draw the steps as they come, or with --quiet print the result alone; write the files that were asked for. Return
     the tokens behind the prompt, up to the end of the text."""
-    seen: list[Step] = []
+    seen, start, written = [], time.perf_counter(), 0
     if not args.quiet:
         steps = watch(steps, talker.tokenizer, start=asked.start, pause=args.watch)
-    for step in steps:
-        seen = [*seen, step] if files_of(args) else [step]
+    with bar_of(asked.config.steps) if args.quiet else nullcontext() as bar:
+        for step in steps:
+            seen = [*seen, step] if files_of(args) else [step]
+            written += (step.committed.sum() - step.revised.sum()).item()
+            if bar is not None:
+                bar.update()
+    if not (args.quiet or args.chat):
+        tell(summary(talker.name, asked.config, args.seed, written, step.nfe, time.perf_counter() - start))
     for form in files_of(args):
         save(Trace.record(seen, talker.tokenizer, start=asked.start), form, getattr(args, form))
-        print(f"{form} written to {getattr(args, form)}", file=sys.stderr)
+        tell(f"{form} written to {getattr(args, form)}")
     row = seen[-1].x[0].tolist()
     new = answer_of(row[asked.n_prompt :], asked.config, talker.model.config)
     if args.quiet:

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from ..errors import BadInput, BadLuck
+from ..errors import BadInput, BadLuck, meant
 from ..files import one_line, write_file
 from .tales import tales
 from .tokenizer import Tokenizer, refuse_surrogates
@@ -34,6 +34,8 @@ SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 SHAKESPEARE_SIZE, SHAKESPEARE_SHA256 = 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 Source = str | Path | Sequence[str | Path]
+# How a small model of wild text writes best: filling in the surest first makes it repeat itself.
+WRITING = {"temperature": 0.7, "remasking": "random"}
 
 
 def cache_dir() -> Path:
@@ -68,12 +70,28 @@ def shakespeare(url: str = SHAKESPEARE) -> Iterator[str]:
     yield from plain_text(path)
 
 
-# The corpora by name; each function makes the chunks of one document. `tales` has about 1.1 MB.
-CORPORA: dict[str, Callable[[], Iterable[str]]] = {
-    "docs": docs,
-    "tales": lambda: (tale + "\n" for tale in tales(seed=0, n=2500)),
-    "shakespeare": shakespeare,
+class Corpus(NamedTuple):
+    """A text with a name, and what suits a model of it."""
+
+    documents: Callable[[], Iterable[Iterable[str]]]  # each as its chunks
+    train: dict = {}  # noqa: RUF012 (fields of TrainConfig, unless told otherwise)
+    sampling: dict = WRITING  # fields of SampleConfig, unless told otherwise
+
+
+CORPORA: dict[str, Corpus] = {
+    "docs": Corpus(lambda: [docs()]),
+    "tales": Corpus(
+        lambda: ([tale + "\n"] for tale in tales(seed=0, n=2500)),  # about 1.1 MB
+        {"rows": "documents", "length": 136, "tokenizer": "bpe:1024"},
+        {"temperature": 0.7, "remasking": "random"},
+    ),
+    "shakespeare": Corpus(lambda: [shakespeare()]),
 }
+
+
+def corpus(source: Source) -> Corpus:
+    """Return the corpus of that name, or what suits a text that has none."""
+    return CORPORA[source] if isinstance(source, str) and source in CORPORA else Corpus(lambda: documents(source))
 
 
 def plain_text(path: Path) -> Iterator[str]:
@@ -137,14 +155,14 @@ def documents(source: Source, field: str = "text") -> Iterator[Iterable[str]]:
             yield from documents(one, field)
         return
     if source in CORPORA:  # a file of that name is `./name`
-        yield CORPORA[source]()
+        yield from CORPORA[source].documents()
         return
     path = Path(source)
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        got = f"{str(source)!r} ({error.strerror})"
-        raise BadLuck(f"data: expected {', '.join(CORPORA)} or a path, got {got}; give one of these") from None
+        got, fix = f"{str(source)!r} ({error.strerror})", meant(source, CORPORA, "give one of these")
+        raise BadLuck(f"data: expected {', '.join(CORPORA)} or a path, got {got}; {fix}") from None
     if stat.S_ISDIR(mode):
         if not (found := sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())):
             raise BadInput(f"{path}: expected {' or '.join(TEXT_SUFFIXES)} files, got none; give another directory")

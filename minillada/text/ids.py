@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
 from shutil import rmtree
@@ -176,3 +176,48 @@ def validation_batch(tokens: np.ndarray, n: int, length: int) -> torch.Tensor:
     """Return n evenly spaced windows, (n,T) long, always the same ones, so that two evaluations can be compared."""
     check_length(tokens, length)
     return windows(tokens, np.linspace(0, len(tokens) - length, n).astype(int), length)
+
+
+def whole_documents(tokens: np.ndarray, eos_id: int) -> np.ndarray:
+    """Return [start, stop) of what stands between two ends of text, with its own end: (N,2). The first document of a
+    part has no end of text before it, so it is left out: the split may have cut it. Raises BadInput if none is left."""
+    ends = np.flatnonzero(tokens == eos_id) + 1
+    if len(ends) < 2:
+        raise BadInput(
+            "rows: expected many documents, each a row, got one; give JSONL with short texts, or use windows"
+        )
+    return np.stack([ends[:-1], ends[1:]], axis=1)
+
+
+def by_documents(text: Tokens, length: int, eos_id: int) -> Tokens:
+    """Return a text whose documents are rows of `length` tokens, padding included: a token then has fewer characters.
+    Raises BadInput if a document does not fit."""
+    sizes = {
+        part: np.diff(whole_documents(tokens, eos_id))
+        for part, tokens in zip(PARTS, (text.train, text.val), strict=True)
+    }
+    if (longest := max(int(size.max()) for size in sizes.values())) > length:
+        what = f"rows: expected documents of at most {length} tokens, got one of {longest}"
+        raise BadInput(f"{what}; choose a longer length, or rows that are windows")
+    share = sizes["val"].mean() / length
+    return replace(
+        text, characters_per_token=text.characters_per_token * share, bytes_per_token=text.bytes_per_token * share
+    )
+
+
+def document_rows(tokens: np.ndarray, spans: np.ndarray, length: int) -> torch.Tensor:
+    """Put each document (N,2) into a row and fill it up with its last token, the end of text: (N,T) long."""
+    rows = [np.pad(tokens[start:stop].astype(np.int64), (0, length - stop + start), "edge") for start, stop in spans]
+    return torch.from_numpy(np.stack(rows))
+
+
+def document_batches(
+    tokens: np.ndarray, spans: np.ndarray, batch_size: int, length: int, seed: int, start: int = 0
+) -> Iterator[torch.Tensor]:
+    """Yield batches (B,T) of whole documents without end, from number `start` on; an epoch takes each document once, in
+    random order. Batch n depends on the seed and on n alone."""
+    epoch, taken = divmod(start * batch_size, len(spans))
+    orders = (np.random.default_rng((seed, number)).permutation(len(spans)) for number in count(epoch))
+    order = islice(chain.from_iterable(orders), taken, None)
+    while True:
+        yield document_rows(tokens, spans[list(islice(order, batch_size))], length)

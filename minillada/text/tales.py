@@ -2,11 +2,12 @@
 
 A tale takes one row of every entry of `GRAMMAR`, all equally likely and independent. A column of a row is a word, or a
 phrase with further {words}: the hero's row has every "she". A text tells which rows were taken, because each shows and
-none begins like another. So its entropy is the sum of ln(rows), and its expected length is a sum of means.
+none begins like another. So its entropy is the sum of ln(rows), and its expected length is a sum of means. And a parser
+can tell whether a text is such a tale: a model that tells one remembered its hero, pronouns and things to the end.
 """
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import log
 from string import Formatter
 
@@ -100,6 +101,43 @@ def tales(seed: int, n: int) -> Iterator[str]:
     """Yield the first `n` tales of `seed`, independent, of six or seven sentences, without a line end."""
     rng = random.Random(seed)
     return (tale(rng)[0] for _ in range(n))
+
+
+def readings(template: str, text: str, rolls: dict[str, str]) -> Iterator[tuple[str, dict[str, str] | None]]:
+    """Yield how a text can begin as the template says: (rest of the text, rows taken), or (rest, None) where it fails
+    to go on. "{colour} hat" and "red hut" -> ("ut", None)."""
+    letters, _, template = template.partition("{")
+    if not text.startswith(letters):
+        same = next((i for i, (a, b) in enumerate(zip(letters, text, strict=False)) if a != b), len(text))
+        yield text[same:], None
+    elif not template:
+        yield text[len(letters) :], rolls
+    else:
+        word, _, rest = template.partition("}")
+        columns = next(columns for columns in GRAMMAR if word in columns.split("|"))
+        for row in [rolls[columns]] if columns in rolls else GRAMMAR[columns]:
+            phrase = row.split("|")[columns.split("|").index(word)]
+            yield from readings(phrase + rest, text[len(letters) :], {**rolls, columns: row})
+
+
+def mistake(text: str) -> int | None:
+    """Return where a text stops being any tale of the grammar: how many letters of it begin a tale; None for a tale.
+
+    "There was once a brave ship" -> 23, since a child must follow.
+    """
+    rests = [(len(rest), rolls is not None) for rest, rolls in readings(TALE, text, {})]
+    return None if (0, True) in rests else len(text) - min(left for left, _ in rests)
+
+
+def is_tale(text: str) -> bool:
+    """Tell whether the grammar can make exactly this text."""
+    return mistake(text) is None
+
+
+def flawless(texts: Iterable[str]) -> float:
+    """Return the share of texts that are tales from their first to their last letter, 0 to 1."""
+    told = [is_tale(text.strip()) for text in texts]
+    return sum(told) / max(1, len(told))
 
 
 def expected_length(template: str) -> float:

@@ -17,7 +17,7 @@ from zlib import crc32
 
 from ..errors import BadInput, check_one_of, check_whole
 from ..files import listed, write_file
-from .tales import GRAMMAR, NAMES, TALE, tale
+from .tales import NAMES, is_tale, tale
 
 
 class Example(NamedTuple):
@@ -236,26 +236,6 @@ def sudoku(rng: random.Random, test: bool, box: int) -> Iterator[Example]:
         for change in [list] if box == 2 or test else [vary(rng, box) for _ in range(16)]:
             question, answer = ("".join(map(str, change(board))) for board in (puzzle, solution))
             yield Example(question.replace("0", ".") + "=", answer)
-
-
-def read(template: str, text: str, rolls: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield every way in which the text can begin as the template says: (rest of the text, the rows taken)."""
-    letters, _, rest = template.partition("{")
-    if not text.startswith(letters):
-        return
-    if letters == template:
-        yield text[len(letters) :], rolls
-        return
-    word, _, rest = rest.partition("}")
-    columns = next(columns for columns in GRAMMAR if word in columns.split("|"))
-    for row in [rolls[columns]] if columns in rolls else GRAMMAR[columns]:
-        phrase = row.split("|")[columns.split("|").index(word)]
-        yield from read(phrase + rest, text[len(letters) :], {**rolls, columns: row})
-
-
-def is_tale(text: str) -> bool:
-    """Tell whether the grammar of tales.py can make exactly this text."""
-    return any(not left for left, _ in read(TALE, text, {}))
 
 
 def tales(rng: random.Random, test: bool, _: int) -> Iterator[Example]:

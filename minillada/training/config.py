@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from ..diffusion import PROCESSES
 from ..errors import TINY, BadInput, check_number, check_one_of, check_whole
+from ..text.corpora import corpus
 from ..train import LearnConfig
 
 # `model` are fields of ModelConfig, `train` of TrainConfig; the published models have no recipe for one machine.
@@ -48,6 +49,7 @@ CHECKS = (
     (check_one_of, ("optimizer",), (("muon", "adamw"),)),
     (check_one_of, ("process",), (PROCESSES,)),
     (check_one_of, ("precision",), (("auto", "float32", "bfloat16"),)),
+    (check_one_of, ("rows",), (("windows", "documents"),)),
 )
 
 
@@ -78,6 +80,7 @@ class RunConfig(LearnConfig):
     accumulate: int = 1  # passes that a batch is split into: less memory, the same result
     recompute: bool = False  # layers in the backward pass: less memory, more time
     compile: bool = False  # the training passes, by torch.compile
+    sampling: dict | None = None  # fields of SampleConfig: how the model is decoded unless told otherwise
     shard: bool = False  # weights, gradients and optimisers over all processes, with more than one
 
     def __post_init__(self) -> None:
@@ -111,12 +114,15 @@ class TrainConfig(RunConfig):
     model: dict | None = None  # fields of ModelConfig
     tokenizer: str | None = None  # characters | bytes | bpe:SIZE
     length: int | None = None  # tokens of context
+    rows: str | None = None  # windows (of the whole text) | documents (one in each row, with its end of text)
     bias_rate: float = 0.0  # what a sigmoid router's biases move by in each step; then leave balance out
 
     def recipe(self) -> dict:
         check_one_of("preset", self.preset, [name for name in PRESETS if "train" in PRESETS[name]])
-        preset = PRESETS[self.preset]
-        return {"optimizer": "muon", "lr": 0.01, "adam_lr": 0.003, "model": preset["model"], **preset["train"]}
+        preset, known = PRESETS[self.preset], corpus(self.data)
+        common = {"optimizer": "muon", "lr": 0.01, "adam_lr": 0.003, "rows": "windows", "sampling": known.sampling}
+        own = known.train if self.tokenizer is None and self.length is None else {}  # they go together
+        return {**common, "model": preset["model"], **preset["train"], **own}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,7 +144,7 @@ class TunedConfig(RunConfig):
     lora: int = 0  # rank of adapters that are trained in place of the weights; 0: none
 
     def recipe(self) -> dict:
-        return self.defaults | ({"optimizer": "adamw", "lr": 0.001} if self.lora else {})
+        return {"sampling": {}, **self.defaults, **({"optimizer": "adamw", "lr": 0.001} if self.lora else {})}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -189,6 +195,8 @@ def config_of(document: dict) -> RunConfig:
         raise BadInput(f"{what}, got version {version!r} and {objective!r}; {fix}")
     kind = CONFIGS[objective]
     del fields["version"], fields["objective"]
+    later = {"sampling": {}} | ({"rows": "windows"} if kind is TrainConfig else {})  # what older runs do not have
+    fields = later | fields
     if others := fields.keys() ^ {field.name for field in dataclasses.fields(kind)}:
         what = f"run.json: expected the fields of {kind.__name__}"
         raise BadInput(f"{what}, got one more or less, {min(others)!r}; begin another run")

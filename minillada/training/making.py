@@ -13,7 +13,7 @@ from ..errors import BadInput
 from ..model import LLaDA, ModelConfig
 from ..text.chat import ChatTemplate
 from ..text.corpora import cache_dir, make_tokenizer
-from ..text.ids import Tokens, tokenise
+from ..text.ids import Tokens, by_documents, tokenise
 from ..text.tokenizer import Tokenizer
 from ..train import Objective
 from ..weights.checkpoint import check, expect_tokenizer, load
@@ -22,7 +22,7 @@ from .config import RunConfig, SFTConfig, TrainConfig, TunedConfig, VRPOConfig
 from .distributed import check_same, in_turn, load_optimizers, spread, together, world_size
 from .lora import adapt, adapters
 from .optim import choose_precision, make_optimizers, recompute
-from .pretraining import TextPretraining
+from .pretraining import TextPretraining, examples_of
 from .sft import SFT, Items, dialogue, read_items, teach
 from .vrpo import VRPO, compared
 
@@ -34,6 +34,7 @@ class Made(NamedTuple):
     notices: list[str]  # lines for the user
     text: Tokens
     saves: Tokenizer | ChatTemplate  # what is saved beside the model
+    guide: dict  # how the model is decoded unless told otherwise, and what to try with it
     base: str | None  # a hash of the model that the run began with, if that is needed to go on
     objective: Objective
     model: LLaDA
@@ -99,7 +100,7 @@ def begin_model(config: RunConfig, tokenizer: Tokenizer, rng: Generator, newest:
 def begin_objective(config: RunConfig, text: Tokens, c: ModelConfig) -> Objective:
     """Return what a config asks to learn, balanced if there are experts."""
     if isinstance(config, TrainConfig):
-        objective = TextPretraining(text, config, c.mask_id)
+        objective = TextPretraining(text, config, c.mask_id, c.eos_id)
     elif isinstance(config, SFTConfig):
         objective = SFT(text, config, c)
     else:
@@ -122,6 +123,9 @@ def make(config: RunConfig, newest: Path | None = None, saved: dict | None = Non
     if isinstance(config, TrainConfig):
         saves = in_turn(lambda: Tokenizer.load(newest) if newest else make_tokenizer(config.tokenizer, config.data))
         text = in_turn(lambda: tokenise(config.data, saves, cache_dir() / "tokens", config.length))
+        if config.rows == "documents":
+            with together():
+                text = by_documents(text, config.length, saves.eos_id)
     else:
         text, saves, start, base = read_dialogues(config, newest)
         config = replace(config, start=start)
@@ -136,4 +140,7 @@ def make(config: RunConfig, newest: Path | None = None, saved: dict | None = Non
     optimizers = make_optimizers(model, config)
     if saved:
         load_optimizers(optimizers, saved)
-    return Made(config, notices, text, saves, base, objective, model, called, trained, optimizers, rng)
+    guide = {"sampling": config.sampling}
+    if isinstance(config, TrainConfig):
+        guide["examples"] = examples_of(text, saves)
+    return Made(config, notices, text, saves, guide, base, objective, model, called, trained, optimizers, rng)

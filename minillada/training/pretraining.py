@@ -1,14 +1,17 @@
 """Pre-training as a run does it: on a text on disk, in several parts and processes, validated per character. What is
 learned, and from which noise, is `Pretraining` of `train.py`. Shapes: B rows, T sequence, n windows."""
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
 from ..diffusion import PROCESSES, Noised, model_bound, pretraining_loss
-from ..text.ids import Tokens, batches, validation_batch
+from ..text.ids import Tokens, batches, document_batches, document_rows, validation_batch, whole_documents
+from ..text.tokenizer import Tokenizer
 from ..train import Pretraining
 from .config import RunConfig, TrainConfig
 from .distributed import reduce, share, shares
@@ -34,9 +37,15 @@ def losses_by_part(loss: Callable, model: nn.Module, x0: Tensor, noised: Noised,
 class TextPretraining(Pretraining):
     """Predict the hidden tokens of a text."""
 
-    def __init__(self, text: Tokens, config: TrainConfig, mask_id: int) -> None:
-        draw = partial(batches, text.train, config.batch_size, config.length, config.seed)
-        super().__init__(draw, validation_batch(text.val, 128, config.length), mask_id, PROCESSES[config.process])
+    def __init__(self, text: Tokens, config: TrainConfig, mask_id: int, eos_id: int | None = None) -> None:
+        size = config.batch_size, config.length, config.seed
+        if config.rows == "documents":
+            train, val = (whole_documents(tokens, eos_id) for tokens in (text.train, text.val))
+            draw = partial(document_batches, text.train, train, *size)
+            held = document_rows(text.val, val[np.linspace(0, len(val) - 1, 128).astype(int)], config.length)
+        else:
+            draw, held = partial(batches, text.train, *size), validation_batch(text.val, 128, config.length)
+        super().__init__(draw, held, mask_id, PROCESSES[config.process])
         self.text, self.config = text, config
 
     def losses(self, model: nn.Module, batch: Tensor, rng: Generator) -> Iterator[Tensor]:
@@ -65,3 +74,21 @@ def by_level(bounds: Tensor, noised: Noised) -> list[tuple[float, float]]:
     zeros = torch.zeros(LEVELS).double()
     nats, tokens = (zeros.index_add(0, bins, x.double()) for x in (bounds / noised.weight, count))
     return [((i + 0.5) / LEVELS, (nats[i] / tokens[i]).item()) for i in range(LEVELS) if tokens[i]]
+
+
+def examples_of(text: Tokens, tokenizer: Tokenizer, n: int = 3) -> dict[str, list[str]]:
+    """Make things to try with a model from the first held-out sentences: the first half as a "prompt"; the sentence
+    with three words as holes ("fill"), and the same with those words in [[brackets]] ("edit")."""
+    found: dict[str, list[str]] = {"prompt": [], "fill": [], "edit": []}
+    passage = tokenizer.decode(text.val[:20_000].tolist())
+    for sentence in re.findall(r"(?<=[.!?\n] )?[A-Z][a-z]+ [^.!?\n\[\]]{30,90}[.!?](?=\s)", passage)[:n]:
+        ids = tokenizer.encode(sentence)
+        words = [i for i, id in enumerate(ids) if re.fullmatch(r" [A-Za-z]{3,}", tokenizer.token(id))]
+        chosen = set(words[1::2][:3])
+        if len(chosen) < 3:
+            continue
+        pieces = [tokenizer.token(id) for id in ids]
+        found["prompt"].append("".join(pieces[: len(ids) // 2]).rstrip())
+        found["fill"].append("".join("[MASK]" if i in chosen else text for i, text in enumerate(pieces)))
+        found["edit"].append("".join(f" [[{text[1:]}]]" if i in chosen else text for i, text in enumerate(pieces)))
+    return found

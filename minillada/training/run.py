@@ -115,7 +115,7 @@ def write(run: Run, made: Made, step: RunStep, saving: bool, best: tuple[float, 
     with together():
         run.log(step.record())
         if saving:
-            run.save(step.step, whole, made.saves, state, made.config.keep, step.best)
+            run.save(step.step, whole, made.saves, state, made.config.keep, step.best, made.guide)
 
 
 def train(

@@ -107,9 +107,13 @@ class Run(AbstractContextManager):
             with one_line("log: expected to add a line", ROOM), open(self.log_file, "ab") as file:
                 file.write(json.dumps(finite).encode() + b"\n")
 
-    def save(self, step: int, model: nn.Module, tokenizer: Any, state: dict, keep: int = 3, best: int = 0) -> Path:
+    def save(
+        self, step: int, model: nn.Module, tokenizer: Any, state: dict, keep: int = 3, best: int = 0,
+        guide: dict | None = None,
+    ) -> Path:  # fmt: skip
         """Write the checkpoint of a step; return its path once the disk has it and old ones are dropped, but the last
-        `keep` (0: all) and that of step `best`. state: tensors that share no memory, and values of JSON, by name. What
+        `keep` (0: all) and that of step `best`. state: tensors that share no memory, and values of JSON, by name.
+        guide: how to decode the model unless told otherwise, and what to try with it, for generation_config.json. What
         is saved already stays as it is. Raises BadLuck if it cannot write; the earlier ones are then as they were."""
         target = self.checkpoints / f"step-{step:08d}"
         if target.exists() or not self.leads:
@@ -121,6 +125,8 @@ class Run(AbstractContextManager):
         with one_line(f"checkpoint: expected to write {target}", ROOM, undo=lambda: discard(draft)):
             draft.mkdir()
             checkpoint.save(model, draft, tokenizer)
+            if guide is not None:
+                files.write_json(draft / "generation_config.json", {"minillada": guide})
             hashed = files.read_json(draft / files.MANIFEST, files.CONFIG_CAP)["files"]
             save_file(tensors, draft / "optimizer.safetensors")
             files.write_file(draft / "state.json", [json.dumps(rest, allow_nan=False).encode()])

@@ -27,6 +27,7 @@ from . import hub
 from .device import check_memory
 from .headers import DTYPES, INDEX, SINGLE, Entry, read_headers
 from .schemes import SCHEMES, SIDE, Scheme, read_config, write_config
+from .shipped import HOME, shipped
 
 CHUNK = 1 << 24  # bytes read at a time
 Plan = dict[str, list[Tensor]]  # tensor of the files -> the parameters (or single experts) that are its rows
@@ -71,6 +72,8 @@ def load(
     with one_line(f"device: expected one of this machine for {str(device)!r}", "use cpu", faults=Exception):
         device = torch.empty(0, device=device).device
     directory = locate(path_or_hub_id, revision, progress)
+    if directory.parent == HOME and dtype is None:
+        dtype = torch.float32  # stored in half of that, which many processors compute slowly with
     tokenizer = load_tokenizer(directory)
     report = inspect(directory, tokenizer, mask_id)
     model, dtypes = report.meta.eval(), target_dtypes(report, dtype)
@@ -102,11 +105,11 @@ def check(
 
 
 def locate(path_or_hub_id: str | Path, revision: str | None = None, progress: bool = False) -> Path:
-    """Return the directory of a checkpoint; what exists here is never looked for on the hub. Of a run it is the
-    newest whole checkpoint; a warning names each newer one that is damaged."""
+    """Return the directory of a checkpoint: what exists here, else a model that comes with the package, else one of
+    the hub. Of a run it is the newest whole checkpoint; a warning names each newer one that is damaged."""
     path = Path(path_or_hub_id)
     if not str(path_or_hub_id) or not os.path.lexists(path):
-        return hub.fetch(str(path_or_hub_id), revision, progress)
+        return shipped(str(path_or_hub_id)) or hub.fetch(str(path_or_hub_id), revision, progress)
     if revision is not None:
         raise BadInput(f"revision: expected none, since {path} is a directory here, got {revision!r}; leave it out")
     if not path.is_dir():

@@ -23,7 +23,7 @@ class Quiet(tqdm):
 
 def fetch(repository: str, revision: str | None = None, progress: bool = False) -> Path:
     """Return the local directory of a repository, newest or at a branch, tag or commit. Raises BadInput, BadLuck."""
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repository):
+    if not re.fullmatch(r"(?!runs/)\w[\w.-]*(/\w[\w.-]*)?", repository):
         raise BadLuck(f"{repository!r}: expected a directory or the id of a model on the hub, got neither; check it")
     from huggingface_hub import errors, snapshot_download
 

@@ -1,0 +1,143 @@
+"""Train the models that come with the package, and write them to minillada/shipped/ (docs/shipped.md).
+
+    python benchmarks/ship.py tales sudoku4 questions tales-ar
+
+A training that was interrupted goes on when the command is repeated. What is written is the model of the last
+checkpoint in bfloat16, its tokenizer and generation_config.json. `questions` begins with the model of `tales`.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from shutil import rmtree
+
+import torch
+
+import minillada
+from minillada.files import write_file, write_json, write_manifest
+from minillada.measure.twin import twin_loss
+from minillada.text.chat import ChatTemplate
+from minillada.text.ids import document_batches, whole_documents
+from minillada.text.tales import tales
+from minillada.text.tasks import make_task
+from minillada.train import LearnConfig, Pretraining, learn
+from minillada.training.config import SFTConfig, TrainConfig
+from minillada.training.making import make
+from minillada.training.optim import make_optimizers
+from minillada.training.run import train
+from minillada.weights.checkpoint import locate
+from minillada.weights.shipped import HOME, SHIPPED
+
+HERE = Path("runs/shipped")  # data and runs
+SMALL = {"n_layer": 4, "n_head": 8, "d_model": 128, "d_ff": 352, "rope_theta": 100.0}
+BOARD = {"n_layer": 4, "n_head": 4, "d_model": 64, "d_ff": 176, "rope_theta": 100.0}
+STORIES = {"temperature": 0.7, "remasking": "random"}
+GUIDES = {
+    "tales": {"sampling": STORIES, "examples": {
+        "prompt": ["Once upon a time a brave child named Greta", "There was once a shy child whose name was Otto"],
+        "fill": ["On her birthday she was given a[MASK][MASK].", "A[MASK] hedgehog offered to help for a[MASK]."],
+    }},
+    "tales-ar": {"sampling": STORIES},
+    "sudoku4": {"sampling": {"temperature": 0.0}, "examples": {"prompt": ["1.3..3.13..2.4.3="]}},
+    "questions": {"sampling": {"temperature": 0.0}, "examples": {"chat": []}},
+}  # fmt: skip
+
+
+def data(name: str) -> str:
+    """Write what a model is trained on, once: JSONL; return its path."""
+    path = HERE / f"{name}.jsonl"
+    if not path.exists():
+        if name == "tales":
+            rows = ({"text": f"{tale}\n"} for tale in tales(1, 40_000))
+        elif name == "sudoku4":
+            rows = ({"text": f"{e.text}\n"} for e in make_task(name, 60_000, 1, 0).train)
+        else:
+            rows = ({"prompt": e.prompt, "answer": e.answer.strip()} for e in make_task(name, 20_000, 1, 0).train)
+        write_file(path, (f"{json.dumps(row)}\n".encode() for row in rows))
+    return str(path)
+
+
+def config_of(name: str) -> TrainConfig | SFTConfig:
+    """Return how one of the models is trained."""
+    out = str(HERE / name)
+    if name == "sudoku4":
+        return TrainConfig(data=data(name), model=BOARD, tokenizer="characters", rows="documents", length=34, out=out,
+                           steps=8000, batch_size=32, sampling={"temperature": 0.0})  # fmt: skip
+    if name == "questions":
+        start = longer(192)
+        return SFTConfig(data=data(name), start=start, steps=3000, batch_size=8, out=out, eval_every=500)
+    return TrainConfig(data=data("tales"), model=SMALL, tokenizer="bpe:1024", rows="documents", length=136,
+                       steps=20_000, out=out, sampling=STORIES, eval_every=1000)  # fmt: skip
+
+
+def longer(length: int) -> str:
+    """Write the model of `tales` as one of longer rows, so that a question fits behind a tale: its weights know of no
+    length. Return its directory."""
+    target = HERE / f"tales-{length}"
+    if not target.exists():
+        model, tokenizer = minillada.load(HERE / "tales")
+        model.config = replace(model.config, max_len=length)
+        minillada.save(model, target, tokenizer)
+    return str(target)
+
+
+def learned(name: str) -> None:
+    """Train one of the models, or go on with it; print how it goes."""
+    config = config_of(name)
+    began = (Path(config.out) / "run.json").exists()
+    for step in train(None if began else config, config.out if began else None):
+        if step.bound is not None:
+            print(f"{name}: step {step.step}, {step.seconds:.0f} s, {step.config.units(step.bound)}", flush=True)
+
+
+class Twin(Pretraining):
+    """Learn to predict the next token: the objective of the autoregressive twin."""
+
+    def losses(self, model: torch.nn.Module, batch: torch.Tensor, rng: torch.Generator) -> Iterator[torch.Tensor]:
+        yield twin_loss(model, batch)
+
+
+def learned_twin() -> None:
+    """Train the twin of `tales` on the same rows for as many steps; write it at once (it is not resumed)."""
+    made = make(config_of("tales"))
+    c, text = made.config, made.text
+    draw = lambda start: document_batches(
+        text.train, whole_documents(text.train, made.model.config.eos_id), c.batch_size, c.length, c.seed, start
+    )
+    objective = Twin(draw, made.objective.held, made.model.config.mask_id)
+    start = time.perf_counter()
+    for step in learn(made.model, make_optimizers(made.model, c), objective, LearnConfig(steps=c.steps), made.rng):
+        if step.step % 1000 == 0:
+            nats = twin_loss(made.model, objective.held).item() / text.characters_per_token
+            print(f"tales-ar: step {step.step}, {time.perf_counter() - start:.0f} s, {nats:.4f} nats/char", flush=True)
+    minillada.save(made.model, HERE / "tales-ar", made.saves)
+
+
+def ship(name: str) -> None:
+    """Write a trained model to minillada/shipped/ in bfloat16, with its tokenizer and what else a chat needs."""
+    source, target = locate(HERE / name), HOME / name
+    model, tokenizer = minillada.load(source)
+    rmtree(target, ignore_errors=True)
+    minillada.save(model.bfloat16(), target, ChatTemplate.load(source, tokenizer) if name == "questions" else tokenizer)
+    write_json(target / "generation_config.json", {"minillada": GUIDES[name]})
+    write_manifest(target)
+    size = sum(path.stat().st_size for path in target.iterdir())
+    print(f"{target}: {model.n_parameters():,} parameters, {size / 1e6:.2f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="+", choices=list(SHIPPED))
+    for name in parser.parse_args().names:
+        if name == "tales-ar":
+            learned_twin()
+        else:
+            learned(name)
+        ship(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Play with the models that come with the package: a story appears, gaps are filled, a board solves itself.
+
+python -m minillada play           a story, then three of its words hidden, then a board
+python -m minillada play run       what a model of your own can do: the newest run of train_tiny.py
+"""
+
+import json
+import random
+import re
+import secrets
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import BadInput, check_number, check_one_of, check_whole
+from ..measure.twin import twin_generate
+from ..model import LLaDA
+from ..sampler import Canvas, SampleConfig, Step, answer_of, stream
+from ..show.board import watch_boards
+from ..show.page import check_file, save
+from ..show.terminal import HOLE, watch
+from ..show.trace import Trace
+from ..text.chat import ChatTemplate
+from ..text.tales import mistake, tales
+from ..text.tasks import make_task
+from ..text.tokenizer import Tokenizer, display
+from ..weights.checkpoint import load, locate
+from .ask import guide_of
+from .cli import Parser, newest_run, run
+
+EXAMPLES = """examples:
+  python -m minillada play story --seed 7      the same story every time
+  python -m minillada play sudoku --html board.html    a page to replay it
+  python -m minillada play chat                ask about a story
+"""
+SPAN = r"\[\[(.+?)\]\]"  # a word that an example hides
+
+
+class Player(NamedTuple):
+    """A model, how it is decoded, and how one wants to see it."""
+
+    model: LLaDA
+    tokenizer: Tokenizer
+    guide: dict  # see `guide_of`
+    args: Namespace  # seed, pause, html
+
+    @classmethod
+    def load(cls, name: str, args: Namespace) -> "Player":
+        directory = locate(name)
+        return cls(*load(directory), guide_of(directory), args)
+
+    def steps(self, row: list[int], **more: object) -> Iterator[Step]:
+        """Fill the holes of a row, one token a step, as the model's guide says unless `more` says otherwise."""
+        c = self.model.config
+        holes = [i for i, token in enumerate(row) if token == c.mask_id]
+        width = holes[-1] + 1 - holes[0]
+        whole = {"gen_len": width, "steps": width, "block_len": width, **self.guide.get("sampling", {}), **more}
+        if whole["block_len"] > 1 and width % whole["block_len"]:
+            whole["block_len"] = width
+        return stream(self.model, Canvas.infill([row], c), SampleConfig(**whole), self.args.seed, rivals=5)
+
+    def watch(self, row: list[int], start: int = 0, **more: object) -> list[int]:
+        """Draw the row while its holes are filled; return it. With --html, write the page too."""
+        steps = list(watch(self.steps(row, **more), self.tokenizer, start=start, pause=self.args.pause))
+        self.keep(steps, start)
+        return steps[-1].x[0].tolist()
+
+    def keep(self, steps: list[Step], start: int = 0) -> None:
+        if self.args.html:
+            save(Trace.record(steps, self.tokenizer, start=start), "html", self.args.html)
+            print(f"html written to {self.args.html}", file=sys.stderr)
+
+    def text(self, row: list[int]) -> str:
+        """Return what a row says up to its end of text."""
+        answer = answer_of(row, SampleConfig(), self.model.config)
+        return display(self.tokenizer.decode(answer)).strip()
+
+
+def title(text: str) -> None:
+    print(f"\n{text}\n", flush=True)
+
+
+def verdict(text: str) -> str:
+    """Say whether the grammar of the training stories can tell a text, or where it stops being such a story."""
+    at = mistake(text)
+    if at is None:
+        return "Flawless: hero, pronouns and things stay the same to the end."
+    return f"Not flawless: after “…{text[max(0, at - 30) : at]}” no story of the training text goes on so."
+
+
+def story(args: Namespace) -> str:
+    """Tell a story out of nothing but masks; return it."""
+    player = Player.load(args.model or "tales", args)
+    title(
+        f"A story. {player.model.n_parameters() / 1e6:.1f} million parameters fill {player.model.config.max_len} masks."
+    )
+    row = player.watch([player.model.config.mask_id] * player.model.config.max_len)
+    text = player.text(row)
+    print(f"\n{verdict(text)}")
+    return text
+
+
+def fill(args: Namespace, text: str | None = None) -> None:
+    """Hide three words of a story and fill them again; print old beside new."""
+    player = Player.load(args.model or "tales", args)
+    text = text or next(tales(args.seed, 1))
+    title("Three words of it are hidden and filled again, from both sides at once.")
+    c, ids = player.model.config, player.tokenizer.encode(text)
+    words = [i for i, id in enumerate(ids) if re.fullmatch(r" [a-z]{4,}", player.tokenizer.token(id))]
+    hidden = sorted(random.Random(args.seed).sample(words, min(3, len(words))))
+    row = [c.mask_id if i in hidden else id for i, id in enumerate(ids)]
+    new = player.watch(row, stop_at_eos=False, ban_eos=True)
+    print()
+    for i in hidden:
+        old, now = (display(player.tokenizer.token(id)).strip() for id in (ids[i], new[i]))
+        print(f"  {old:>12} → {now:<12} {'the same' if old == now else 'another word'}")
+
+
+def sudoku(args: Namespace) -> None:
+    """Fill one board twice: the surest cell first, and in reading order."""
+    player = Player.load(args.model or "sudoku4", args)
+    c, tokenizer = player.model.config, player.tokenizer
+    puzzle = random.Random(args.seed).choice(make_task("sudoku4", 0, args.seed, 100).test)
+    clues = puzzle.prompt[:-1]
+    title(
+        f"A 4×4 board it has never seen, with {16 - clues.count('.')} clues. Every row, column and box has 1 to 4 once."
+    )
+    row = tokenizer.encode(puzzle.prompt) + [c.mask_id if cell == "." else tokenizer.encode(cell)[0] for cell in clues]
+    orders = {"surest cell first": {"block_len": None}, "in reading order": {"block_len": 1}}
+    runs = [player.steps(row, **({} if o["block_len"] is None else o)) for o in orders.values()]
+    start = len(puzzle.prompt)
+    kept = watch_boards(runs, list(orders), tokenizer, start, pause=8 * args.pause)
+    for order, steps in zip(orders, kept, strict=True):
+        got = tokenizer.decode(steps[-1].x[0, start:].tolist())
+        wrong = sum(a != b for a, b in zip(got, puzzle.answer, strict=True))
+        print(f"  {order}: {'solved' if not wrong else f'{wrong} cells wrong'}")
+    player.keep(kept[0], start)
+
+
+def reverse(args: Namespace) -> None:
+    """Give the last sentence of a story, and let the model write what comes before it."""
+    player = Player.load(args.model or "tales", args)
+    c, tokenizer = player.model.config, player.tokenizer
+    head, _, ending = next(tales(args.seed, 1)).rpartition(". ")
+    title(f"The ending is given: “{ending}” What came before it?")
+    before = len(tokenizer.encode(f"{head}."))
+    row = [c.mask_id] * before + tokenizer.encode(f" {ending}\n") + [c.eos_id]
+    row = player.watch(row + [c.eos_id] * (c.max_len - len(row)), stop_at_eos=False, ban_eos=True)
+    print(f"\n{verdict(player.text(row))}")
+    twin = Player.load("tales-ar", args)
+    (told,) = twin_generate(twin.model, [[]], c.max_len - 1, 0.7, args.seed, (c.eos_id,))
+    told = display(tokenizer.decode(told)).strip()
+    print("\nIts autoregressive twin reads from left to right, so it cannot look at an ending. It tells another story:")
+    print(f"\n{told}")
+
+
+def chat(args: Namespace) -> None:
+    """Answer questions about a story, as the user types them."""
+    player = Player.load(args.model or "questions", args)
+    text = next(tales(args.seed, 1))
+    title("A story, and a model that was taught to answer questions about it. /quit ends.")
+    print(text + "\n")
+    print("Ask who lost what, what colour it was, who helped, what they wanted, where the hero lived.\n")
+    template = ChatTemplate.load(locate(args.model or "questions"), player.tokenizer)
+    from .chat import lines_of_user
+
+    for asked in lines_of_user():
+        if not asked.strip():
+            continue
+        prompt = template.encode_chat([{"role": "user", "content": f"{text} {asked.strip()}"}])
+        room = player.model.config.max_len - len(prompt)
+        if room < 1:
+            raise BadInput(f"question: expected room for an answer, got {len(prompt)} tokens; ask a shorter one")
+        player.watch(prompt + [player.model.config.mask_id] * min(8, room), start=len(prompt))
+
+
+def own(args: Namespace) -> None:
+    """Show what a run of train_tiny.py can do: gaps of held-out sentences, a text continued, its bound."""
+    name = args.model or str(newest_run())
+    player = Player.load(name, args)
+    tokenizer, c = player.tokenizer, player.model.config
+    examples = player.guide.get("examples", {})
+    for n, sentence in enumerate(examples.get("edit", [])[:3]):
+        if n == 0:
+            title(f"{name} fills gaps in sentences that it was not trained on.")
+        row, old = tokenizer.encode_to_edit(sentence), re.findall(SPAN, sentence)
+        new = list(player.steps(row, stop_at_eos=False, ban_eos=True))[-1].x[0].tolist()
+        got = [tokenizer.token(new[i]).strip() for i, id in enumerate(row) if id == c.mask_id]
+        print(f"  {re.sub(SPAN, HOLE, sentence)}")
+        print("  " + ", ".join(f"{a} → {display(b)}" for a, b in zip(old, got, strict=False)) + "\n")
+    for prompt in examples.get("prompt", [])[:1]:
+        title(f"It goes on from “{prompt}”.")
+        ids = tokenizer.encode(prompt)
+        player.watch(ids + [c.mask_id] * min(48, c.max_len - len(ids)))
+    log = Path(name) / "log.jsonl"
+    if log.is_file():
+        bounds = [r["bound"] for r in map(json.loads, log.read_text(encoding="utf-8").splitlines()) if r.get("bound")]
+        print(f"\nHeld-out text costs it at most {bounds[-1]:.3f} nats per character.")
+    what_next(name, examples)
+
+
+def what_next(name: str, examples: dict) -> None:
+    """Print commands that work as pasted."""
+    quoted = lambda kind, other: json.dumps((examples.get(kind) or [other])[0], ensure_ascii=False)
+    title("What next")
+    for command, what in (
+        (f"python sample.py {name} --prompt {quoted('prompt', 'The')}", "go on from there"),
+        (f"python sample.py {name} --fill {quoted('fill', 'A[MASK] and a[MASK].')}", "fill gaps"),
+        ("python -m minillada play chat", "ask a model about a story"),
+        ("python -m minillada read", "read the code beside its equations"),
+        ("python train_tiny.py --data my_novel.txt --minutes 10", "train on a text of yours"),
+    ):
+        print(f"  {command}\n      {what}")
+
+
+ACTS = {"story": story, "fill": fill, "sudoku": sudoku, "reverse": reverse, "chat": chat, "run": own}
+
+
+def main() -> None:
+    p = Parser(__doc__.split("\n")[0], EXAMPLES)
+    p.add_argument("act", nargs="?", help=f"{', '.join(ACTS)} (default: story, fill and sudoku)")
+    p.add_argument("--model", metavar="NAME", help="a run or model directory in place of the one that comes along")
+    p.add_argument("--seed", type=int, help="same seed, same play (default: another one each time)")
+    p.add_argument("--pause", type=float, default=0.04, help="seconds to hold each step in a terminal (default: 0.04)")
+    p.add_argument("--html", type=Path, metavar="FILE", help="a new file: a page to replay it")
+    args = p.parse_args()
+    if args.act is not None:
+        check_one_of("act", args.act, ACTS)
+    check_number("pause", args.pause, 0, 60)
+    if args.html:
+        if args.act not in ("story", "fill", "sudoku", "reverse"):
+            raise BadInput(f"html: expected one of story, fill, sudoku, reverse to be played, got {args.act}; name one")
+        check_file("html", args.html)
+    told = args.seed is None
+    args.seed = secrets.randbelow(10_000) if told else args.seed
+    check_whole("seed", args.seed, 0, 2**63 - 1)
+    if args.act:
+        ACTS[args.act](args)
+    else:
+        fill(args, story(args))
+        sudoku(args)
+    if told:
+        print(f"\n(--seed {args.seed} plays the same again)")
+
+
+if __name__ == "__main__":
+    run(main)
