@@ -246,7 +246,34 @@ def test_a_terminal_shows_new_sure_doubtful_and_revoked_tokens(monkeypatch):
     assert first == "\x1b[32m\x1b[1;7m the\x1b[0m\x1b[2m░░\x1b[0m\n"
     assert second == "\x1b[32m the\x1b[0m\x1b[33m\x1b[1;7m漢字\x1b[0m\x1b[2m░\x1b[0m\n"
     assert third == "\x1b[1;31m░\x1b[0m\x1b[33m漢字\x1b[0m\x1b[35m\x1b[1;7m]\x1b[0m\n"
-    assert "\x1b" not in final
+    assert final.split("\n")[0] == "\x1b[1;31m░\x1b[0m\x1b[33m漢字\x1b[0m\x1b[35m]\x1b[0m"  # nothing is new any more
+
+
+def test_a_legend_says_what_the_colours_mean_and_stays_where_it_is(monkeypatch):
+    screen = Screen(monkeypatch, width=80)
+    (step,) = by_hand([20] * 3, [[0, 1, 2]])  # words of 200 letters, and then nothing but holes
+    list(watch([step, step._replace(x=torch.zeros_like(step.x), revised=step.x > 0)], wild_tokenizer(), screen))
+    *live, final = [plain(frame).split("\n")[:-1] for frame in screen.frames()]
+    assert [lines[-1] for lines in live] == ["how sure:  ≥ 80%  ≥ 40%  less  ░ to come  new  ░ taken back"] * 2
+    assert [len(lines) for lines in live] == [9, 9] and final == ["░░░", "how sure:  ≥ 80%  ≥ 40%  less"]
+    narrow = Screen(monkeypatch, width=20)
+    list(watch([step], wild_tokenizer(), narrow))
+    assert "how sure" not in narrow.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("a fox and a", ["a fox ", "and a"]),
+        ("a fo\u2591\u2591\u2591\u2591and a", ["a fo\u2591\u2591", "\u2591\u2591and ", "a"]),  # holes fill a line
+        ("a elephants", ["a elep", "hants"]),  # longer than a line
+        ("漢字漢字 a", ["漢字漢", "字 a"]),
+        ("a fox \n b", ["a fox ", " b"]),
+        ("a foxy b", ["a foxy", "b"]),
+    ],
+)
+def test_lines_are_broken_between_words(text, lines):
+    assert layout([(("given", False), text)], 6, True) == lines
 
 
 def test_no_color_is_honoured_and_a_dumb_terminal_gets_stages(monkeypatch):

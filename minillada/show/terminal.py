@@ -1,12 +1,14 @@
 """Draw a run of `Step`s in the terminal while the text appears out of masks."""
 
 import os
+import re
 import shutil
 import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from operator import itemgetter
 from typing import TextIO
 
 import torch
@@ -21,6 +23,7 @@ STYLE = {"hole": "\x1b[2m", "back": "\x1b[1;31m", "given": ""}
 STYLE |= {"sure": "\x1b[32m", "fair": "\x1b[33m", "poor": "\x1b[35m"}
 NEW = "\x1b[1;7m"  # on top of these
 SURE, FAIR = 0.8, 0.4  # at least this probable
+WORDS = re.compile(rf"\s|{HOLE}|[^\s{HOLE}]+")  # what a line is not broken within
 INVISIBLE = {"Mn", "Me", "Cf"}  # categories of Unicode: marks on the letter before, joiners
 
 Frame = tuple[list[int], list[float], list[bool], list[bool]]  # see `pieces`
@@ -66,22 +69,37 @@ def columns(character: str) -> int:
 
 
 def layout(parts: list[tuple[Kind, str]], width: int, colour: bool) -> list[str]:
-    """Break the pieces into lines of at most `width` columns."""
-    lines, used = [""], 0
-    for (kind, new), text in parts:
-        style = (STYLE[kind] + NEW * new) * colour
-        end = PLAIN * bool(style)
-        lines[-1] += style
-        for character in text.expandtabs(4):
-            if character == "\n" or used + columns(character) > width:
-                lines[-1] += end
-                lines.append(style)
+    """Break the pieces into lines of at most `width` columns: between words, on either side of a hole, and within a
+    word only if it is longer than a line."""
+    texts = [(STYLE[kind] + NEW * new, text.expandtabs(4)) for (kind, new), text in parts]
+    styles = iter([style for style, text in texts for _ in text])
+    lines, used = [[]], 0  # of (style, character)
+    for word in WORDS.findall("".join(text for _, text in texts)):
+        size = sum(map(columns, word))
+        whole = used + size > width >= size and not word.isspace()
+        for i, (character, style) in enumerate(zip(word, styles, strict=False)):
+            full = used + columns(character) > width
+            if character == "\n" or (whole and i == 0) or (full and not character.isspace()):
+                lines.append([])
                 used = 0
-            if character != "\n":
-                lines[-1] += character
+            if character != "\n" and not (full and character.isspace()):  # a blank at the end of a line is not seen
+                lines[-1].append((style, character))
                 used += columns(character)
-        lines[-1] += end
-    return lines
+    runs = [groupby(line, itemgetter(0)) for line in lines]
+    return ["".join(paint(style, "".join(c for _, c in run), colour) for style, run in line) for line in runs]
+
+
+def paint(style: str, text: str, colour: bool) -> str:
+    return f"{style}{text}{PLAIN}" if style and colour else text
+
+
+def legend(width: int, done: bool) -> list[str]:
+    """Return the line that says what the colours mean, or none where it does not fit."""
+    words = [(STYLE["sure"], f"≥ {SURE:.0%}"), (STYLE["fair"], f"≥ {FAIR:.0%}"), (STYLE["poor"], "less")]
+    signs = [(STYLE["hole"], f"{HOLE} to come"), (NEW, "new"), (STYLE["back"], f"{HOLE} taken back")]
+    words = [(STYLE["hole"], "how sure:"), *words, *(signs if not done else [])]
+    fits = sum(len(text) + 2 for _, text in words) - 2 <= width
+    return ["  ".join(paint(style, text, True) for style, text in words)] if fits else []
 
 
 def watch(
@@ -89,18 +107,20 @@ def watch(
     row: int = 0, stages: int = 5, start: int = 0, pause: float = 0.0,
 ) -> Iterator[Step]:  # fmt: skip
     """Yield the same steps, each drawn: in a terminal over the one before, elsewhere a few stages one below the other.
-    What was committed in a step is reversed, what was taken back is red; green, yellow and magenta say how probable a
-    token was when it was committed. NO_COLOR and TERM=dumb are honoured. start: the first column to draw. pause:
-    seconds to hold each step. Until the last step, a canvas taller than the terminal shows its end alone."""
+    A legend says what the colours mean: how probable a token was when it was committed, which are new, which were taken
+    back. NO_COLOR and TERM=dumb are honoured. start: the first column to draw. pause: seconds to hold each step. Until
+    the last step, a canvas taller than the terminal shows its end alone."""
     out = out or sys.stdout
     live = out.isatty() and os.environ.get("TERM") != "dumb"
     colour = live and "NO_COLOR" not in os.environ
-    height, parts, shown, at_first = 0, None, -1.0, 0
+    height, frame, shown, at_first = 0, None, -1.0, 0
     for step, frame in frames(steps, row, start):
-        parts = pieces(*frame, tokenizer)
         if live:
             size = shutil.get_terminal_size()  # each time anew: a window may be resized
-            lines = layout(parts, size.columns - 1, colour)[-max(1, size.lines - 2) :]
+            key = legend(size.columns - 1, False) if colour else []
+            room = max(1, size.lines - 2 - len(key))
+            lines = layout(pieces(*frame, tokenizer), size.columns - 1, colour)[-room:]
+            lines += [""] * (min(room, height - len(key)) - len(lines)) + key  # the legend never moves up
             out.write(over(height) + "\n".join(lines) + "\n")
             height = len(lines)
         else:
@@ -108,13 +128,15 @@ def watch(
             at_first = at_first or holes + step.committed[row].sum().item()
             done = 1 - holes / max(1, at_first)
             if done - shown >= 1 / stages or (holes == 0 and shown < 1):
-                text, shown = "\n".join(layout(parts, 10_000, False)), done
+                text, shown = "\n".join(layout(pieces(*frame, tokenizer), 10_000, False)), done
                 out.write(f"--- step {step.step + 1}, {done:.0%} written\n{text}\n")
         out.flush()
         time.sleep(pause if live else 0)
         yield step
-    if live and parts is not None:
-        out.write(over(height) + "\n".join(layout(parts, size.columns - 1, False)) + "\n")
+    if live and frame is not None:
+        tokens, held, new, back = frame
+        last = layout(pieces(tokens, held, [False] * len(new), back, tokenizer), size.columns - 1, colour)
+        out.write(over(height) + "\n".join(last + (legend(size.columns - 1, True) if colour else [])) + "\n")
         out.flush()
 
 
