@@ -5,12 +5,15 @@ import sys
 import time
 from argparse import Namespace
 
+if sys.stderr.isatty():
+    print("loading…", end="\r", file=sys.stderr, flush=True)  # importing PyTorch takes seconds
+
 import torch
 from tqdm import tqdm
 
-from minillada.commands.ask import add_questions, answer_file, files_of, make_talker, parse, question, show
+from minillada.commands.ask import add_questions, answer_file, defaults_of, files_of, make_talker, parse, question, show
 from minillada.commands.chat import chat
-from minillada.commands.cli import Parser, run
+from minillada.commands.cli import Parser, here, on_hub, run, tell
 from minillada.errors import BadInput, check_one_of
 from minillada.model import LLaDA
 from minillada.sampler import stream
@@ -23,17 +26,18 @@ from minillada.weights.quantize import memory, quantize
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 EXAMPLES = """examples:
+  python load_8b.py tales --prompt "Once upon a time"    a shipped model, offline
   python load_8b.py GSAI-ML/LLaDA-8B-Instruct --check
   python load_8b.py GSAI-ML/LLaDA-8B-Instruct --chat
-  python load_8b.py GSAI-ML/LLaDA-8B-Instruct --quantize int4 --prompt "Why is the sky blue?"
-  python load_8b.py GSAI-ML/LLaDA-8B-Base --prompt "The capital of France is" --gen-len 32
-  python load_8b.py path/to/model --prompts questions.jsonl --batch-size 4 --out answers.jsonl
+  python load_8b.py GSAI-ML/LLaDA-8B-Instruct --chat --quantize int4
+  python load_8b.py GSAI-ML/LLaDA-8B-Base --prompt "The capital of France is"
+  python load_8b.py path/to/model --prompts questions.jsonl --out answers.jsonl
 """
 
 
 def options() -> Namespace:
     p = Parser(__doc__, EXAMPLES)
-    p.add_argument("model", help="a directory, or an id of the Hugging Face hub")
+    p.add_argument("model", help="a directory, a shipped model, or OWNER/NAME on the Hugging Face hub")
     what = add_questions(p, required=True)
     what.add_argument("--check", action="store_true", help="look at config, names, shapes and sizes, read no weights")
     p.add_argument("--deep", action="store_true", help="with --check: read the weights too, for NaN and infinity")
@@ -48,29 +52,26 @@ def options() -> Namespace:
     return args
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # standard output is for answers
-
-
 def amount(number: float) -> str:
     return tqdm.format_sizeof(number)  # 16.0G
 
 
 def look(args: Namespace) -> Report:
     """Find out what can be known without reading weights; a model that is not here is fetched first."""
-    if os.path.lexists(args.model):
-        return check(args.model, args.deep, args.revision, args.mask_id)
-    return check(fetch(args.model, args.revision, progress=True), args.deep, mask_id=args.mask_id)
+    name = here(args.model, on_hub(args.model), fix="choose one, or give OWNER/NAME of the hub")
+    if on_hub(name) and not os.path.lexists(name):
+        return check(fetch(name, args.revision, progress=True), args.deep, mask_id=args.mask_id)
+    return check(name, args.deep, args.revision, args.mask_id)
 
 
 def describe(found: Report) -> None:
     c, size = found.config, found.meta.n_parameters()
     experts = f", {c.n_expert_active} of {c.n_expert} experts" if c.n_expert else ""
-    say(f"{found.directory}: {found.scheme} names, {len(found.entries)} tensors in {len(found.files)} files, "
-        f"{amount(found.n_bytes)}B of {' and '.join(found.dtypes)}")  # fmt: skip
-    say(f"{amount(size)} parameters: {c.n_layer} layers of width {c.d_model}{experts}, "
-        f"{c.embedding_size} tokens, length {c.max_len}, mask {c.mask_id}, end of text {c.eos_id}")  # fmt: skip
-    say("weights take " + ", ".join(f"{amount(size * kind.itemsize)}B in {name}" for name, kind in DTYPES.items()))
+    tell(f"{found.directory}: {found.scheme} names, {len(found.entries)} tensors in {len(found.files)} files, "
+         f"{amount(found.n_bytes)}B of {' and '.join(found.dtypes)}")  # fmt: skip
+    tell(f"{amount(size)} parameters: {c.n_layer} layers of width {c.d_model}{experts}, "
+         f"{c.embedding_size} tokens, length {c.max_len}, mask {c.mask_id}, end of text {c.eos_id}")  # fmt: skip
+    tell("weights take " + ", ".join(f"{amount(size * kind.itemsize)}B in {name}" for name, kind in DTYPES.items()))
     if found.non_finite:
         few = ", ".join(found.non_finite[:6])
         raise BadInput(f"weights: expected finite numbers, got NaN or infinity in {few}; fetch the checkpoint again")
@@ -82,7 +83,7 @@ def describe_template(found: Report) -> None:
         template = ChatTemplate.load(found.directory)
         if template.own:
             template.encode_chat([{"role": "user", "content": "Hi"}])
-        say(f"chat template: {'its own' if template.own else 'none of its own'}; answers end at {template.stop_ids}")
+        tell(f"chat template: {'its own' if template.own else 'none of its own'}; answers end at {template.stop_ids}")
 
 
 def load_model(args: Namespace, found: Report, device: str) -> tuple[LLaDA, Tokenizer | None]:
@@ -94,8 +95,8 @@ def load_model(args: Namespace, found: Report, device: str) -> tuple[LLaDA, Toke
         quantize(model, args.quantize, device)
     seconds = time.perf_counter() - start
     peak = f", {amount(torch.cuda.max_memory_allocated())}B at its peak" if device.startswith("cuda") else ""
-    say(f"loaded in {seconds:.1f} s, {amount(found.n_bytes / seconds)}B/s; "
-        f"takes {amount(memory(model))}B on {device}{peak}")  # fmt: skip
+    tell(f"loaded in {seconds:.1f} s, {amount(found.n_bytes / seconds)}B/s; "
+         f"takes {amount(memory(model))}B on {device}{peak}")  # fmt: skip
     return model, tokenizer
 
 
@@ -106,12 +107,12 @@ def main() -> None:
     describe(found)
     if args.check:
         describe_template(found)
-        say("all well" + ("" if args.deep else "; the weights were not read (--deep does)"))
+        tell("all well" + ("" if args.deep else "; the weights were not read (--deep does)"))
         return
     expect_tokenizer(found.directory, args.model)  # before gigabytes are read
     model, tokenizer = load_model(args, found, device)
-    talker = make_talker(found.directory, args.model, model, tokenizer, args)
-    say(f"prompts are {'messages in the chat template' if talker.instruct else 'texts to go on with'}")
+    talker = make_talker(found.directory, args.model, model, tokenizer, args, **defaults_of(found.directory))
+    tell(f"prompts are {'messages in the chat template' if talker.instruct else 'texts to go on with'}")
     if args.chat:
         chat(args, talker)
     elif args.prompts is not None:

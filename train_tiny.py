@@ -1,12 +1,15 @@
 """Train a small masked-diffusion language model on a text, watching it learn to write."""
 
 import math
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from tqdm import tqdm
+if sys.stderr.isatty():
+    print("loading…", end="\r", file=sys.stderr, flush=True)  # importing PyTorch takes seconds
 
-from minillada.commands.cli import Interrupted, Parser, fresh_run, run
+from minillada.commands.cli import Interrupted, Parser, fresh_run, here, on_hub, run
+from minillada.commands.progress import TrainingBar
 from minillada.errors import BadInput
 from minillada.sampler import SampleConfig, generate
 from minillada.show.plots import loss_curve
@@ -18,12 +21,14 @@ from minillada.training.run import RunStep, train
 from minillada.weights.device import pick_device
 
 EXAMPLES = """examples:
-  python train_tiny.py                                     three minutes on Python's own reference text
-  python train_tiny.py --preset nano                       seconds, to see that everything works
-  python train_tiny.py --data my_novel.txt --minutes 10    your own text
-  python train_tiny.py --resume runs/docs-tiny-1           go on where a run was interrupted
-  torchrun --standalone --nproc_per_node=8 train_tiny.py   the same on 8 GPUs
-  python train_tiny.py --sft answers.jsonl --from runs/docs-tiny-1    teach it to answer (docs/assistant.md)
+  python train_tiny.py                  three minutes on Python's own reference
+  python train_tiny.py --preset nano    seconds, to see that everything works
+  python train_tiny.py --data tales     little stories, without a download
+  python train_tiny.py --data my_novel.txt --minutes 10          your own text
+  python train_tiny.py --resume runs/docs-tiny-1    go on after an interruption
+  python train_tiny.py --sft answers.jsonl --from runs/docs-tiny-1
+                               teach it to answer: docs/assistant.md
+  torchrun --standalone --nproc_per_node=8 train_tiny.py        on eight GPUs
 
 presets: """ + ", ".join(name for name in PRESETS if "train" in PRESETS[name])
 
@@ -38,6 +43,7 @@ def options() -> Parser:
     p.add_argument("--tokenizer", help="characters, bytes or bpe:SIZE")
     p.add_argument("--batch-size", type=int, help="rows per step")
     p.add_argument("--length", type=int, help="tokens of context")
+    p.add_argument("--rows", help="windows of the whole text (default), or documents: one in each row, with its end")
     p.add_argument("--optimizer", help="of the matrices: muon (default) or adamw")
     p.add_argument("--lr", type=float, help="its learning rate")
     p.add_argument("--process", help="how to noise: exact-count, bernoulli-mean, bernoulli (LLaDA's), bernoulli-cosine")
@@ -83,9 +89,21 @@ def config_for(given: dict) -> RunConfig:
         option = "from" if name == "start" else name
         raise BadInput(f"{option}: expected none with {asked}, got {given[name]!r}; leave it out")
     data = [data] if tuned else given.pop("data", ["docs"])
+    if "start" in given:
+        here(given["start"], on_hub(given["start"]))
     name = f"{Path(data[0]).stem}-{kind.objective if tuned else given.get('preset', 'tiny')}"
     out = str(given.pop("out", None) or fresh_run(name))
     return kind(**given, data=data[0] if len(data) == 1 else tuple(data), out=out)
+
+
+def announce(config: RunConfig | None, where: Path) -> None:
+    """Say what is done before the first step, which can take a while."""
+    what = "its data and its newest checkpoint"
+    if config:
+        data = config.data if isinstance(config.data, str) else ", ".join(config.data)
+        learned = getattr(config, "tokenizer", None)
+        what = data + (f", making a vocabulary of {learned}" if learned else f" and {config.start}")
+    print(f"{where}: reading {what} …", flush=True)
 
 
 def introduce(step: RunStep, where: Path) -> None:
@@ -107,23 +125,23 @@ def sample(step: RunStep) -> str:
 def follow(config: RunConfig | None, resume: Path | None, moved: dict, log: str | None) -> int:
     """Train, and show how it goes. Return the exit code."""
     where = resume or Path(config.out)
-    interrupted, bar, loss = Interrupted(), None, None
+    interrupted, bar, loss, figures = Interrupted(told=rank() == 0), None, None, ""
+    announce(config, where)
     for step in train(config, resume, stop=interrupted, **moved):
         if bar is None:
             introduce(step, where)
-            look = {"unit": "step", "mininterval": 0.5, "dynamic_ncols": True, "disable": None if rank() == 0 else True}
-            bar = tqdm(total=step.config.steps, initial=step.step - 1, **look)
+            bar = TrainingBar(step.config, shown=rank() == 0)
             tell = make(log, where, asdict(step.config)) if log and rank() == 0 else lambda record: None
         for notice in step.notices:
             bar.write(notice)
         if math.isfinite(step.loss):
             loss = step.loss if loss is None else 0.95 * loss + 0.05 * step.loss
-            means = step.config.units(loss, step.text.characters_per_token)
-            bar.set_postfix_str(f"{means}, {step.tokens_per_second:,.0f} tok/s")
-        bar.update()
+            means = step.config.units(loss, step.text.characters_per_token).split(", ")[0]
+            figures = f"{means}, {step.tokens_per_second:,.0f} tok/s"
         tell(step.record())
         if step.bound is not None:
             bar.write(f"step {step.step}: validation {step.config.units(step.bound)}   {sample(step)}")
+        bar.show(step.step, step.seconds, step.bound is not None, figures)
     bar.close()
     print(f"validation: {step.config.units(step.bound)} after {step.step} steps, {step.seconds:.0f} s; "
           f"best at step {step.best}")  # fmt: skip
@@ -140,6 +158,8 @@ def main() -> None:
         with together():
             given = {name: value for name, value in vars(options().parse_args()).items() if value is not None}
             log, resume = given.pop("log", None), given.pop("resume", None)
+            if resume:
+                here(str(resume), others=())
             if not resume or "device" in given:
                 given["device"] = pick_device(given.get("device", "auto"))
             config = None if resume else config_for(given)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -48,6 +48,21 @@ def chat(*command: object) -> Iterator[Callable[[str], str]]:
         assert child.wait(30) == 0
         assert b"error" not in child.stderr.read()
     os.close(here)
+
+
+def seen_in_terminal(command: list[object], environment: dict[str, str]) -> tuple[str, int]:
+    """Run a command in a terminal; return all that it showed there, and its exit code."""
+    import pty
+
+    here, there = pty.openpty()
+    with subprocess.Popen(list(map(str, command)), env=environment, stdin=there, stdout=there, stderr=there) as child:
+        os.close(there)
+        seen = b""
+        with suppress(OSError):  # Linux reports the end of a terminal in this way
+            while piece := os.read(here, 4096):
+                seen += piece
+    os.close(here)
+    return seen.decode(), child.returncode
 
 
 def last_picture(shown: str) -> str:

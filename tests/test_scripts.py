@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import GOLDEN
-from pseudo_terminal import chat, last_picture, with_terminals
+from pseudo_terminal import chat, last_picture, seen_in_terminal, with_terminals
 from safetensors.torch import load_file, save_file
 from talkers import CHARACTERS, write_talker, write_template, write_tokenizer
 
 import minillada
-from minillada.commands.cli import run
-from minillada.errors import BadInput
+from minillada.commands.cli import Parser, run
+from minillada.errors import BadInput, BadLuck
 from minillada.text.chat import PROMPT_CAP
 
 ROOT = Path(__file__).parents[1]
@@ -205,7 +207,11 @@ FAULTS = [
     (["--edit", "a [[b]]", "--block-len", "4"], "edit: expected neither"),
     (["--prompts", "no-such-file"], "no-such-file: expected a file"),
     (["--prompt", "a", "--out", "x"], "out: expected a new file for the answers to --prompts, got no --prompts"),
-    (["--prompt", "a", "--what"], "unrecognized arguments"),
+    (["--prompt", "a", "--what"], "got: no option --what; did you mean "),
+    (["--promt", "a"], "got: no option --promt; did you mean --prompt?"),
+    (["--prompt", "a", "--temperatur=1"], "got: no option --temperatur; did you mean --temperature?"),
+    (["--prompt", "a", "--commit", "treshold:0.9"], "did you mean threshold?"),
+    (["--prompt", "a", "--remasking", "low-confidence"], "did you mean low_confidence?"),
 ]
 
 
@@ -236,7 +242,38 @@ def test_a_name_that_is_no_directory_is_asked_of_the_hub(call, home, monkeypatch
 
 
 def test_what_is_neither_here_nor_a_name_is_refused(call):
-    refused(call("load_8b.py", "no such directory", "--check"), "expected a directory or the id of a model")
+    refused(call("load_8b.py", "no such directory", "--check"), "expected a model that is here")
+
+
+@pytest.fixture
+def two_runs(tmp_path, monkeypatch):
+    """A directory with runs, as the working directory; asking the hub is a failure."""
+    monkeypatch.setattr("minillada.weights.hub.fetch", lambda *args, **more: pytest.fail(f"the hub is asked: {args}"))
+    for name in ("tales-nano-1", "docs-tiny-1"):
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_name_that_is_not_here_gets_a_list_of_what_is(call, two_runs):
+    for name in ("runs/doc-tiny-1", "./runs/docs-tiny-2", "docs-tiny-1"):
+        for script, options in (("sample.py", []), ("load_8b.py", ["--check"])):
+            refused(call(script, name, *options), f"{name}: expected a model that is here (runs/docs-tiny-1, ")
+    refused(call("sample.py", "GSAI-ML/LLaDA-8B-Base"), "or add --hub")
+    refused(call("train_tiny.py", "--resume", "runs/docs-tiny-2"), "(runs/docs-tiny-1, runs/tales-nano-1)")
+    refused(call("train_tiny.py", "--sft", "a.jsonl", "--from", "runs/docs-2"), "(runs/docs-tiny-1, ")
+
+
+def test_sample_asks_the_hub_when_it_is_told_to(call, home, monkeypatch):
+    monkeypatch.setattr("minillada.weights.hub.fetch", lambda name, *more: home if name == "a/b" else pytest.fail())
+    assert call("sample.py", "a/b", "--hub", "--prompt", "Hello", "--quiet", *QUICK)[0] == 0
+
+
+def test_what_looks_like_a_run_is_never_asked_of_the_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **more: pytest.fail("the hub is asked"))
+    for name in ("runs/docs-tiny-1", "./a/b", "/a/b"):
+        with pytest.raises(BadLuck, match="got neither"):
+            minillada.load(name)
 
 
 def test_a_mask_that_no_file_tells_can_be_given(call, tmp_path):
@@ -313,10 +350,69 @@ def test_both_scripts_chat_alike(call, home):
 def test_both_scripts_have_the_same_options(call, home):
     _, mine, _ = call("sample.py", "--help")
     _, theirs, _ = call("load_8b.py", "--help")
-    options = {word.strip("[],") for word in mine.split() if word.startswith("--")}
+    options = {word.strip("[],") for word in mine.split() if word.startswith("--")} - {"--hub"}
     assert {"--prompt", "--fill", "--chat", "--prompts", "--steps", "--commit", "--cache", "--seed"} <= options
     assert all(option in theirs for option in options)
-    assert all(len(line) <= 120 for line in (mine + theirs).splitlines())
+
+
+@pytest.mark.parametrize("script", ["sample.py", "load_8b.py", "train_tiny.py"])
+def test_help_fits_a_terminal_and_its_examples_can_be_typed(call, monkeypatch, script):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = call(script, "--help")
+    assert code == 0 and max(map(len, out.splitlines())) < 80
+    main = runpy.run_path(str(ROOT / script))["main"]
+    parse_args = Parser.parse_args
+    parsed = []
+
+    def parse(self):
+        parsed.append(parse_args(self))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(Parser, "parse_args", parse)
+    for line in out.replace("\\\n", " ").split("examples:")[1].splitlines():
+        if f"python {script}" in line:
+            words = shlex.split(re.split(r"(?<=\S)  +(?![- ])", line.strip())[0])
+            monkeypatch.setattr(sys, "argv", words[1:])
+            with pytest.raises(SystemExit):
+                main()
+    assert len(parsed) >= 5
+
+
+def test_one_line_sums_up_what_was_done_and_with_what(call, home, tmp_path):
+    options = ["--temperature", "0.5", "--commit", "threshold:0.9", "--seed", "3", *QUICK]
+    line = (
+        rf"{re.escape(str(home))}: temperature 0.5, order low_confidence, windows of 16, commit threshold:0\.9; "
+        r"\d+ evaluations, \d+\.\d s, [\d,]+ tokens/s; seed 3"
+    )
+    for script in ("sample.py", "load_8b.py"):
+        assert re.fullmatch(line, call(script, home, "--prompt", "Hello", *options)[2].splitlines()[-1])
+    (tmp_path / "lines.txt").write_text("One\nTwo\n")
+    assert re.fullmatch(line, call("sample.py", home, "--prompts", tmp_path / "lines.txt", *options)[2].strip())
+
+
+def test_a_chat_with_a_model_that_was_not_taught_says_how_to_teach_it(call, home):
+    code, _, err = call("sample.py", home, "--chat", *QUICK, typed="Hello\n")
+    assert code == 0 and err.count("\n") == 1
+    assert f"train_tiny.py --sft DATA --from {home}" in err and "`questions`" in err
+
+
+@with_terminals
+@pytest.mark.parametrize("script", ["sample.py", "load_8b.py", "train_tiny.py"])
+def test_a_terminal_shows_something_before_torch_is_there(tmp_path, script):
+    (tmp_path / "torch.py").write_text("raise SystemExit(7)")
+    command = [sys.executable, ROOT / script]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    shown, code = seen_in_terminal(command, environment)
+    assert (shown, code) == ("loading…\r", 7)
+    piped = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+    assert (piped.stdout, piped.stderr, piped.returncode) == (b"", b"", 7)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_alone_names_every_target():
+    told = subprocess.run(["make", "-C", ROOT, f"PYTHON={sys.executable}"], capture_output=True, text=True).stdout
+    (targets,) = re.findall(r"(?m)^\.PHONY: (.+)", (ROOT / "Makefile").read_text())
+    assert re.findall(r"(?m)^make (\S+) +\S", told) == targets.split()
 
 
 def test_control_characters_of_an_answer_never_reach_the_terminal(call, tmp_path):

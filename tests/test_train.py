@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import sample
 import train_tiny
 from minillada import BadInput, BadLuck, SFTConfig, TrainConfig, VRPOConfig, train
 from minillada.commands import cli
+from minillada.commands.progress import TimeLeft, TrainingBar
 from minillada.diffusion import PROCESSES as NOISES
 from minillada.diffusion import exact_count, model_bound, pretraining_loss, sample_t
 from minillada.files import newest_checkpoint
@@ -602,7 +604,9 @@ def test_a_first_run_prints_what_one_needs_and_sample_shows_masks_resolving(tmp_
         cli.run(train_tiny.main)
     printed = capsys.readouterr()
     assert stopped.value.code == 0
-    assert "nats/char" in printed.err and "bits/char" in printed.err and "tok/s" in printed.err
+    assert printed.out.startswith(f"{out}: reading tales, making a vocabulary of bpe:")
+    assert re.search(r"100% \|█+\| 8 steps, 0:00 left, <= \d\.\d{3} nats/char, [\d,]+ tok/s", printed.err)
+    assert "bits/char" in printed.out
     assert f"saved in {out}" in printed.out
     monkeypatch.setattr(sys, "argv", ["sample.py", str(out), "--prompt", "Once", "--gen-len", "32"])
     cli.run(sample.main)
@@ -615,13 +619,34 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, SCRIPT, "--preset", "nano", "--data", "tales", "--steps", "100000", "--out", out]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not (out / "log.jsonl").exists():
+        while process.poll() is None and not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_bytes()):
             pass
         process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=60)
+        printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130
+    assert errors == "\nsaving… (Ctrl-C again to kill)\n"
     assert f"--resume {out}" in printed
     assert next(train(resume=out)).step == len(losses(out))
+
+
+def test_the_time_left_counts_down_steadily_whatever_an_evaluation_takes():
+    config, told, seconds = TrainConfig(steps=1000, eval_every=100), [], []
+    left = TimeLeft(config)
+    for step in range(1, 1001):
+        seconds.append(0.1 + 4 * (step % 100 == 0) + 0.02 * math.sin(step))
+        told.append(left(step, seconds[-1], step % 100 == 0))
+    assert told[20] == pytest.approx(sum(seconds[20:]), rel=0.4)  # before it knows what evaluations take
+    assert all(t == pytest.approx(sum(seconds[step:]), rel=0.1, abs=1) for step, t in enumerate(told, 1) if step > 250)
+    jumps = [abs(told[i] - (told[i - 1] - seconds[i])) for i in range(10, 1000)]
+    assert max(jumps) < 1
+
+
+def test_a_training_by_the_clock_shows_its_share_of_the_time(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    bar = TrainingBar(TrainConfig(minutes=2))
+    bar.show(830, 50.4, False, "<= 1.402 nats/char")
+    bar.close()
+    assert " 42% |" in (shown := capsys.readouterr().err) and "830 steps, 1:10 left, <= 1.402 nats/char" in shown
 
 
 # ---- Sudden ends ----

@@ -9,7 +9,7 @@ from ..errors import BadInput, check_whole
 from ..sampler import stream
 from ..text.chat import check_size
 from .ask import Talker, show, to_write
-from .cli import complain
+from .cli import complain, tell
 
 
 def chat(args: argparse.Namespace, talker: Talker) -> None:
@@ -20,6 +20,9 @@ def chat(args: argparse.Namespace, talker: Talker) -> None:
     length = args.gen_len or min(128, c.max_len // 2)
     check_whole("gen_len", length, 1, c.max_len - 1)
     talker.template.render(["user"], ["Hi"])  # a template that fails does so at once
+    if not talker.taught:
+        how = f"teach it with train_tiny.py --sft DATA --from {talker.name}, or chat with the shipped model `questions`"
+        tell(f"{talker.name} was not taught to answer, so it only goes on writing; {how}")
     for text in lines_of_user():
         if text.strip() in ("", "/reset"):
             messages = messages if not text.strip() else []

@@ -3,18 +3,23 @@
 import argparse
 import io
 import os
+import re
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import fields
+from difflib import SequenceMatcher
 from itertools import count
 from pathlib import Path
 
-from ..errors import BadInput, BadLuck, check_whole
+from ..errors import BadInput, BadLuck, check_whole, meant
 from ..model import ModelConfig
 from ..sampler import SampleConfig, method_of
 from ..strategies import Quota
 from ..text.tokenizer import display
+from ..weights.shipped import SHIPPED, shipped
 
 RUNS = Path("runs")
 
@@ -43,6 +48,8 @@ def run(main: Callable[[], None]) -> None:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):  # text that the terminal's encoding lacks must not end the program
             stream.reconfigure(errors=errors)
+    if sys.stderr.isatty():
+        print(end=" " * 10 + "\r", file=sys.stderr, flush=True)  # over the script's "loading…"
     try:
         main()
         sys.stdout.flush()
@@ -70,11 +77,17 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises BadInput for a wrong option."""
 
     def __init__(self, description: str, examples: str) -> None:
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, epilog=examples, formatter_class=raw, allow_abbrev=False)
+        raw, width = argparse.RawDescriptionHelpFormatter, shutil.get_terminal_size().columns - 2
+        about = "\n".join(textwrap.fill(line, width) for line in description.splitlines())
+        super().__init__(description=about, epilog=examples, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message: str) -> None:
-        raise BadInput(f"options: expected those of --help, got: {message}; see {self.prog} --help")
+        known = [option for action in self._actions for option in action.option_strings]
+        typed = (word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--"))
+        got, fix = message, f"see {self.prog} --help"
+        if strange := next((word for word in typed if word not in known), ""):
+            got, fix = f"no option {strange}", meant(strange, known, fix)
+        raise BadInput(f"options: expected those of --help, got: {got}; {fix}")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -107,12 +120,42 @@ def sample_config(args: argparse.Namespace, model: ModelConfig, prompt_len: int,
     return SampleConfig(**fitted | chosen)
 
 
-def newest_run() -> Path:
-    """Return the run directory under runs/ that was written to last. Raises BadLuck."""
+def runs() -> list[str]:
+    """Return the run directories under runs/, the one that was written to last first."""
     found = [path for path in RUNS.glob("*/checkpoints") if path.is_dir() and (path.parent / "run.json").exists()]
-    if not found:
+    return [str(path.parent) for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def newest_run() -> str:
+    """Return the run directory under runs/ that was written to last, or a shipped model if there is none."""
+    if found := runs():
+        return found[0]
+    if shipped("tales") is None:
         raise BadLuck(f"run: expected a run directory under {RUNS}/, got none; train one with train_tiny.py")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
+    tell(f"no run under {RUNS}/ yet: this is the shipped model `tales` (train_tiny.py trains one of yours)")
+    return "tales"
+
+
+def here(name: str | None, hub: bool = False, others: Iterable[str] = tuple(SHIPPED), fix: str = "choose one") -> str:
+    """Return the name of a model that is here: a path that exists, or one of `others`, the shipped models; with `hub`
+    any name will do; for None the newest run. Raises BadLuck, which lists what is here, the most similar name first."""
+    if name is None:
+        return newest_run()
+    if hub or name in others or os.path.lexists(name):
+        return name
+    known = sorted([*runs(), *others], key=lambda known: -SequenceMatcher(None, name, known).ratio())
+    few = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+    raise BadLuck(f"{name}: expected a model that is here ({few or 'none yet'}) or its path, got neither; {fix}")
+
+
+def on_hub(name: str) -> bool:
+    """Return whether a name looks like OWNER/NAME of the hub and not like a path of this machine."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not name.startswith(f"{RUNS}/")
+
+
+def tell(text: str) -> None:
+    """Print a line for the person at the terminal; standard output is for answers."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def fresh_run(name: str) -> Path:
@@ -121,19 +164,26 @@ def fresh_run(name: str) -> Path:
 
 
 class Interrupted:
-    """A callable that is true after Ctrl-C or SIGTERM; a second Ctrl-C ends the program at once."""
+    """A callable that is true after Ctrl-C or SIGTERM. It listens from its first call on, when there is something to
+    save; before that, and at the second Ctrl-C, the program ends at once. told: whether to say so."""
 
     signal = 0
 
-    def __init__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+    def __init__(self, told: bool = True) -> None:
+        self.told, self.listens = told, False
 
     def note(self, number: int, frame: object) -> None:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.told:  # not by print, which must not be called within print
+            line = "\nsaving… (Ctrl-C again to kill)\n"
+            os.write(2, line.encode(sys.stderr.encoding or "utf-8", "replace"))
 
     def __call__(self) -> bool:
+        if not self.listens:
+            self.listens = True
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.note)
         return bool(self.signal)
 
     def code(self) -> int:

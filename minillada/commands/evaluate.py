@@ -14,13 +14,16 @@ from ..text.tasks import TASKS, make_task
 from ..weights.checkpoint import check, load
 from ..weights.device import pick_device
 from .ask import Talker, make_talker
-from .cli import Parser, add_sampling, newest_run
+from .cli import Parser, add_sampling, here, on_hub
 
 EXAMPLES = """examples:
-  python -m minillada evaluate runs/docs-tiny-1 --file docs --held-out       nats and bits of the validation text
-  python -m minillada evaluate runs/docs-tiny-1 --infill book.txt --hide 0.3
-  python -m minillada evaluate runs/add-1 --task addition --n 500 --remasking margin
-  python -m minillada evaluate GSAI-ML/LLaDA-8B-Base --choices questions.jsonl --scoring confidence
+  python -m minillada evaluate runs/docs-tiny-1 --file docs --held-out
+                                      nats and bits of the validation text
+  python -m minillada evaluate tales --infill book.txt --hide 0.3
+  python -m minillada evaluate sudoku4 --task sudoku4 --n 100
+  python -m minillada evaluate runs/add-1 --task addition --remasking margin
+  python -m minillada evaluate GSAI-ML/LLaDA-8B-Base --scoring confidence \\
+                                      --choices questions.jsonl
 """
 
 
@@ -94,7 +97,7 @@ def main() -> None:
     if args.out is not None and args.out.exists():
         raise BadInput(f"out: expected a new file, got {args.out}, which exists; give another")
     device = pick_device(args.device)
-    name = args.run or str(newest_run())
+    name = here(args.run, on_hub(args.run or ""))
     directory = check(name).directory
     talker = make_talker(directory, name, *load(directory, device), args)
     begin = time.perf_counter()

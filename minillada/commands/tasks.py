@@ -4,8 +4,9 @@ from ..text.tasks import TASKS, make_task, write_task
 from .cli import Parser
 
 EXAMPLES = """examples:
-  python -m minillada tasks addition --n 20000 --out data/addition     two digits; addition:3 has three
-  python -m minillada tasks sums:32 --out data/sums                    32 additions in a line
+  python -m minillada tasks addition --n 20000 --out data/addition
+                                      two digits; addition:3 has three
+  python -m minillada tasks sums:32 --out data/sums      32 additions in a line
   python train_tiny.py --data data/addition/train.txt --tokenizer characters
 """
 
