@@ -1,31 +1,33 @@
-# make demo: set up, train a tiny model on real text, let it write.   make test: set up, run all tests.
-# make course-runs: train what the notebooks look at.                make notebooks: run them, keep what they show.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(if $(filter Windows_NT,$(OS)),$(VENV)/Scripts,$(VENV)/bin)
 
-.PHONY: demo test soak lint notebooks course-runs clean
+.PHONY: help demo test soak lint notebooks course-runs clean
 
-demo: $(VENV)/ready
+# The text behind ## of every target. In Python, since Windows has neither grep nor awk.
+help:  ## say what there is to make
+	@$(PYTHON) -c "import re; [print(f'make {n:<13}{t}') for n, t in re.findall(r'(?m)^([\w-]+):.*?## (.+)', open('Makefile').read())]"
+
+demo: $(VENV)/ready  ## set up, train a tiny model on real text, let it write
 	$(BIN)/python train_tiny.py
 	$(BIN)/python sample.py --prompt "The"
 
-test: $(VENV)/ready
+test: $(VENV)/ready  ## set up, run all tests but the long ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m "not soak" -n auto --dist loadfile
 
-soak: $(VENV)/ready
+soak: $(VENV)/ready  ## run the long tests
 	$(BIN)/python -m pytest -m soak
 
-lint: $(VENV)/ready
+lint: $(VENV)/ready  ## sort imports, correct what can be corrected, format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-notebooks: $(VENV)/ready
+notebooks: $(VENV)/ready  ## run the notebooks, and keep what they show
 	$(BIN)/python notebooks/execute.py
 
-course-runs: $(VENV)/ready
+course-runs: $(VENV)/ready  ## train what the notebooks look at
 	$(BIN)/python notebooks/course.py
 
 # PyTorch first and by its pin, so that nothing pulls a larger build; then this project and what its tests need.
@@ -35,5 +37,5 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,notebooks]"
 	$(BIN)/python -c "open('$(VENV)/ready', 'w').close()"
 
-clean:
+clean:  ## delete the environment; runs stay
 	$(PYTHON) -c "import shutil; shutil.rmtree('$(VENV)', ignore_errors=True)"
