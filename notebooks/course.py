@@ -1,11 +1,12 @@
-"""What the notebooks share: whether to be quick, trained models to look at, and the look of the pictures.
+"""What the notebooks share: trained models to look at, and the look of the pictures.
 
-    from course import SHORT, run
+    from course import run
     model, tokenizer = minillada.load(run("docs"))
 
 `python notebooks/course.py` trains every model of the course, a few minutes each: that is `make course-runs`.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -23,10 +24,10 @@ from minillada.commands import cli
 from minillada.errors import check_one_of
 from minillada.text.corpora import cache_dir
 from minillada.training.run import RunStep
+from minillada.weights.shipped import shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 Step = TypeVar("Step")
-SHORT = bool(os.environ.get("MINILLADA_SHORT"))  # in tests: everything in seconds, and the claims with more slack
 RUNS = Path(os.environ.get("MINILLADA_COURSE") or ROOT / "runs" / "course")
 sys.path.append(str(ROOT / "benchmarks"))  # the notebooks import from there too: `from experts import shares`
 
@@ -44,7 +45,7 @@ MADE: dict[str, list[str]] = {
     "assistant/results.json": ["preference.py", "learn", "--out", str(RUNS / "assistant")],
 }
 # What stands in for one that is not trained yet.
-BRIEF = {"steps": 60, "eval_every": 60, "tokenizer": "bpe:512", "precision": "float32"}
+BRIEF = {"steps": 60, "eval_every": 60, "rows": "windows", "tokenizer": "bpe:512", "precision": "float32"}
 
 matplotlib.rcParams |= {"figure.figsize": (6, 3.2), "figure.dpi": 110, "figure.constrained_layout.use": True}
 matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
@@ -52,25 +53,49 @@ matplotlib.rcParams |= {"axes.grid": True, "axes.grid.axis": "y", "grid.color": 
 
 
 def run(name: str) -> Path:
-    """Return the run directory of a trained model: runs/course/NAME or, without one, a run of seconds that is kept.
+    """Return where a trained model is, and print which, unless it is the course's own.
 
-    Raises BadInput for a name that is neither there nor in the table.
+    The first that is there of: runs/course/NAME, a finished run of `make demo`, the model that comes with the package;
+    else a short version, trained now for some seconds and kept. Raises BadInput for a name that is not in the table.
     """
     if (RUNS / name).is_dir():
         return RUNS / name
     check_one_of("run", name, TABLE)
-    config = TrainConfig(**TABLE[name] | BRIEF)
-    steps = f"{config.steps} steps in place of {TrainConfig(**TABLE[name]).steps:,}"
-    print(f"no runs/course/{name}: a short version, {steps}; `make course-runs` makes the real one")
-    where = cache_dir() / "course" / f"{name}-{sha256(repr(config).encode()).hexdigest()[:8]}"
+    config = TrainConfig(**TABLE[name])
+    if demo := finished(config):
+        print(f"{name}: the run {demo.name}, since there is no runs/course/{name}")
+        return demo
+    if ready := shipped(name):
+        print(f"{name}: the model that comes with the package, since there is no runs/course/{name}")
+        return ready
+    brief = TrainConfig(**TABLE[name] | BRIEF)
+    steps = f"{brief.steps} steps in place of {config.steps:,}"
+    print(f"{name}: a short version, {steps}; `make course-runs` makes the real one, runs/course/{name}")
+    where = stand_ins() / f"{name}-{sha256(repr(brief).encode()).hexdigest()[:8]}"
     if not where.is_dir():
-        list(make(config, where))
+        list(make(brief, where))
     return where
 
 
-def is_real(path: Path) -> bool:
-    """Return whether `make course-runs` made that, and not a short version."""
-    return path.is_relative_to(RUNS)
+def finished(config: TrainConfig) -> Path | None:
+    """Return the newest run in runs/ that learned the same text in the same way, for half as many steps or more."""
+    for path in sorted(RUNS.parent.glob("*/run.json"), key=os.path.getmtime, reverse=True):
+        found, log = json.loads(path.read_text()), path.with_name("log.jsonl")
+        alike = all(found.get(name) == getattr(config, name) for name in ("objective", "data", "preset", "balance"))
+        lines = log.read_text().splitlines() if alike and log.exists() else []
+        if lines and json.loads(lines[-1])["step"] >= config.steps / 2:
+            return path.parent
+    return None
+
+
+def stand_ins() -> Path:
+    """Return where short versions are kept."""
+    return cache_dir() / "course"
+
+
+def is_real(*paths: Path) -> bool:
+    """Return whether all of these are trained models, and none is a short version that stands in for one."""
+    return not any(path.is_relative_to(stand_ins()) for path in paths)
 
 
 def last(steps: Iterator[Step]) -> Step:

@@ -11,12 +11,18 @@ from minillada.errors import BadInput
 
 ROOT = Path(__file__).parents[1]
 BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+REPOSITORY = "github.com/minillada/minillada"
 LIMIT = 600  # seconds after which one hangs; on a quiet machine it takes ten
 every = pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
 
 
+def cells_of(path: Path) -> list[dict]:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in cells]
+
+
 def code_of(path: Path) -> list[dict]:
-    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    return [cell for cell in cells_of(path) if cell["cell_type"] == "code"]
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +36,8 @@ def test_a_notebook_runs_from_top_to_bottom_and_its_claims_hold(path, cache):
     pytest.importorskip("nbclient", reason="notebooks need: pip install minillada[notebooks]")
     from execute import execute
 
-    own = {"MINILLADA_SHORT": "1", "MINILLADA_CACHE": cache, "MINILLADA_COURSE": f"{cache}/none"}
-    execute(path, LIMIT, OMP_NUM_THREADS="1", **own)
+    own = {"MINILLADA_CACHE": cache, "MINILLADA_COURSE": f"{cache}/none/course"}
+    execute(path, LIMIT, short=True, OMP_NUM_THREADS="1", **own)
 
 
 @every
@@ -39,7 +45,7 @@ def test_a_notebook_is_committed_as_it_ran_once_from_top_to_bottom(path):
     cells = code_of(path)
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
-        assert cell["outputs"] or not re.search("^print", "".join(cell["source"]), re.MULTILINE)
+        assert cell["outputs"] or not re.search("^print", cell["source"], re.MULTILINE)
         for output in cell["outputs"]:
             assert output["output_type"] != "error" and output.get("name") != "stderr"
 
@@ -55,8 +61,82 @@ def test_a_notebook_names_no_place_on_the_machine_it_ran_on(path):
 @every
 def test_a_notebook_checks_what_it_claims_and_ends_with_solved_exercises(path):
     text = path.read_text(encoding="utf-8")
-    assert len(re.findall("^ *assert ", "\n".join("".join(cell["source"]) for cell in code_of(path)), re.MULTILINE)) > 1
+    assert len(re.findall("^ *assert ", "\n".join(cell["source"] for cell in code_of(path)), re.MULTILINE)) > 1
     assert 0 < text.find("## Exercises") < text.find("## Solutions")
+
+
+@every
+def test_the_solutions_are_folded(path):
+    cells = cells_of(path)
+    first = next(i for i, cell in enumerate(cells) if "## Solutions" in cell["source"])
+    for cell in cells[first:]:
+        if cell["cell_type"] == "code":
+            assert (
+                cell["source"].startswith("# @title Solution ") and cell["metadata"]["cellView"] == "form"
+            )  # on Colab
+            assert cell["metadata"]["jupyter"] == {"outputs_hidden": True, "source_hidden": True}
+        else:
+            open_text = re.sub(
+                "<details><summary>Solution .*?</details>",
+                "",
+                cell["source"].split("## Solutions")[-1],
+                flags=re.DOTALL,
+            )
+            assert re.fullmatch(r"\s*((Next: |This was the last notebook).*)?", open_text)
+
+
+@every
+def test_a_notebook_opens_on_colab_and_installs_itself_there_alone(path):
+    title, setup, *_ = cells_of(path)
+    assert title["source"].startswith("[![Open in Colab]")
+    assert (
+        f"(https://colab.research.google.com/{REPOSITORY.replace('.com', '')}/blob/main/notebooks/{path.name})"
+        in title["source"]
+    )
+    assert (
+        setup["source"] == cells_of(BOOKS[0])[1]["source"]
+        and f"git clone -q --depth 1 https://{REPOSITORY}\n" in setup["source"]
+    )
+    assert 'if "google.colab" in sys.modules' in setup["source"] and not setup["outputs"]
+
+
+@every
+def test_a_reader_sees_nothing_of_the_short_form(path):
+    assert not any(re.search("SHORT|short=", cell["source"]) for cell in cells_of(path))
+
+
+def test_a_short_form_of_what_a_cell_does_not_say_is_refused():
+    nbformat = pytest.importorskip("nbformat", reason="notebooks need: pip install minillada[notebooks]")
+    from execute import shorten
+
+    book = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("n = 100", metadata={"short": {"n = 100": "n = 1"}})]
+    )
+    shorten(book)
+    assert book.cells[0].source == "n = 1"
+    with pytest.raises(ValueError, match="n = 100"):
+        shorten(book)
+
+
+def test_the_lines_changed_from_a_gpt_are_lines_of_the_code():
+    (table,) = re.findall(r"(?:^\|.*\n)+", "\n".join(cell["source"] for cell in cells_of(BOOKS[0])), re.MULTILINE)[:1]
+    code = [(ROOT / "minillada" / file).read_text(encoding="utf-8") for file in ("measure/twin.py", "plain.py")]
+    rows = [re.findall("`(.+?)`|none", row) for row in table.splitlines()[2:]]
+    assert len(rows) > 5
+    for row in rows:
+        assert len(row) == 2 and all(line in text for line, text in zip(row, code, strict=True))
+
+
+def test_notebook_4_begins_with_the_loop_in_fifteen_lines():
+    loop = next(cell["source"] for cell in code_of(BOOKS[3]) if ".backward()" in cell["source"])
+    assert len(loop.splitlines()) == 15
+    assert (
+        loop.index("x0 =")
+        < loop.index("masked =")
+        < loop.index("logits =")
+        < loop.index("loss =")
+        < loop.index(".step()")
+    )
 
 
 def test_the_readme_lists_every_notebook():
@@ -71,7 +151,12 @@ def course(tmp_path, monkeypatch):
 
     monkeypatch.setenv("MINILLADA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(course, "RUNS", tmp_path / "course")
-    monkeypatch.setattr(course, "TABLE", {"tales": {"preset": "nano", "data": "tales", "length": 16, "batch_size": 2}})
+    monkeypatch.setattr(
+        course,
+        "TABLE",
+        {"tales": {"preset": "nano", "data": "tales", "length": 16, "batch_size": 2}},
+    )
+    monkeypatch.setattr(course, "shipped", lambda name: None)
     monkeypatch.setattr(course, "BRIEF", {**course.BRIEF, "steps": 2})
     return course
 
@@ -82,8 +167,34 @@ def test_a_model_of_the_course_is_used_where_it_is_there(course, capsys):
     assert not capsys.readouterr().out
 
 
+def a_run(course, name, steps, **fields):
+    """A directory such as `make demo` leaves."""
+    where = course.RUNS.parent / name
+    where.mkdir()
+    (where / "run.json").write_text(
+        json.dumps({"objective": "pretrain", "data": "tales", "preset": "nano", "balance": 0.01} | fields)
+    )
+    (where / "log.jsonl").write_text(f'{{"step": 1}}\n{{"step": {steps}}}\n')
+    return where
+
+
+def test_a_finished_run_of_the_same_kind_takes_the_place_of_a_model_of_the_course(course, capsys):
+    demo = a_run(course, "tales-nano-1", 300)
+    a_run(course, "stopped", 20)
+    a_run(course, "of-another-text", 300, data="docs")
+    assert course.run("tales") == demo and course.is_real(demo)
+    assert "the run tales-nano-1" in capsys.readouterr().out
+
+
+def test_the_shipped_model_takes_its_place_where_there_is_no_run(course, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(course, "shipped", lambda name: tmp_path / name)
+    assert course.run("tales") == tmp_path / "tales" and course.is_real(tmp_path / "tales")
+    assert "comes with the package" in capsys.readouterr().out
+
+
 def test_a_model_that_is_not_there_has_a_short_version_that_says_so_and_is_trained_once(course, capsys, monkeypatch):
     where = course.run("tales")
+    assert not course.is_real(where)
     assert minillada.load(where)[0].config.max_len == 16
     assert "2 steps in place of 300" in capsys.readouterr().out
     monkeypatch.setattr(course, "train", None)
