@@ -26,7 +26,7 @@ from minillada.weights.quantize import memory, quantize
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 EXAMPLES = """examples:
-  python load_8b.py tales --prompt "Once upon a time"    a shipped model, offline
+  python load_8b.py tales --prompt "Once upon a time"      without a network
   python load_8b.py GSAI-ML/LLaDA-8B-Instruct --check
   python load_8b.py GSAI-ML/LLaDA-8B-Instruct --chat
   python load_8b.py GSAI-ML/LLaDA-8B-Instruct --chat --quantize int4

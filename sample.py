@@ -15,7 +15,7 @@ from minillada.weights.device import pick_device
 
 EXAMPLES = """examples:
   python sample.py                                       the newest run writes
-  python sample.py tales --prompt "Once upon a time"     a shipped model goes on
+  python sample.py tales --prompt "Once upon a time"     a shipped model
   python sample.py tales --fill "Once upon a time a[MASK] child named[MASK]."
   python sample.py sudoku4 --prompt "2.14..3.342..24.="  it solves a 4x4 board
   python sample.py questions --chat                      it answers

@@ -269,6 +269,15 @@ def test_sample_asks_the_hub_when_it_is_told_to(call, home, monkeypatch):
     assert call("sample.py", "a/b", "--hub", "--prompt", "Hello", "--quiet", *QUICK)[0] == 0
 
 
+def test_without_a_run_a_shipped_model_writes(call, home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for module in ("commands.cli", "weights.checkpoint"):
+        monkeypatch.setattr(f"minillada.{module}.shipped", lambda name: home if name == "tales" else None)
+    code, out, err = call("sample.py", "--prompt", "Hello", *QUICK)
+    assert code == 0 and out.splitlines()[1].startswith("Hello")
+    assert "no run under runs/ yet: this is the shipped model `tales`" in err.splitlines()[0]
+
+
 def test_what_looks_like_a_run_is_never_asked_of_the_hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **more: pytest.fail("the hub is asked"))
     for name in ("runs/docs-tiny-1", "./a/b", "/a/b"):

@@ -81,6 +81,13 @@ class Parser(argparse.ArgumentParser):
         about = "\n".join(textwrap.fill(line, width) for line in description.splitlines())
         super().__init__(description=about, epilog=examples, formatter_class=raw, allow_abbrev=False)
 
+    def format_help(self) -> str:
+        """Return the help, with a usage that leaves the options to the list below it."""
+        there = [action for action in self._actions if not action.option_strings]
+        places = [f"[{a.dest}]" if a.nargs == "?" else a.metavar or a.dest for a in there]
+        self.usage = " ".join(["%(prog)s", *places, "[options]"])
+        return super().format_help()
+
     def error(self, message: str) -> None:
         known = [option for action in self._actions for option in action.option_strings]
         typed = (word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--"))
