@@ -102,7 +102,7 @@ def test_masks_are_filled_and_the_rest_is_kept(model):
 
 def test_a_board_keeps_its_digits_and_its_holes_are_filled(get):
     boards = get("boards")
-    assert (boards.side, boards.examples["Board"]) == (4, ["12343412....4321"])
+    assert (boards.side, boards.examples["Board"][0], len(boards.examples["Board"])) == (4, "12343412....4321", 5)
     canvas, _, shown = asked(boards, "board", "1234\n3412\n....\n4321")
     assert canvas.x.shape == (1, 33)
     page = app.board(shown[-1][0], boards.talker.tokenizer)

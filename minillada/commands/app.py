@@ -113,10 +113,11 @@ def examples_of(name: str, talker: Talker, told: dict[str, list[str]]) -> tuple[
     prompts = told.get("prompt", [])
     boards = [prompt.rstrip("=") for prompt in prompts if re.fullmatch(r"[\d.]{16}=|[\d.]{81}=", prompt)]
     side = math.isqrt(len(boards[0])) if boards else 9 if "sudoku9" in name else 4 if "sudoku" in name else 0
-    if side and not boards:
-        boards = [example.prompt.rstrip("=") for example in make_task(f"sudoku{side}", 0, n_test=4).test]
+    if side in (4, 9) and len(boards) < 4:
+        boards += [example.prompt.rstrip("=") for example in make_task(f"sudoku{side}", 0, n_test=4).test]
     chat = told.get("chat") or prompts * talker.instruct or ["Hello!"]
-    fill = told.get("fill") or ["Once upon a time[MASK][MASK][MASK][MASK]. The end."]
+    holes = [f"{board}={board.replace('.', '[MASK]')}" for board in boards]
+    fill = told.get("fill") or holes or ["Once upon a time[MASK][MASK][MASK][MASK]. The end."]
     return {"Write": prompts or ["", "The", "Once upon a time"], "Fill": fill, "Board": boards, "Chat": chat}, side
 
 
