@@ -2,15 +2,20 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(if $(filter Windows_NT,$(OS)),$(VENV)/Scripts,$(VENV)/bin)
 
-.PHONY: help demo test soak lint notebooks course-runs clean
+.PHONY: help demo report test soak lint notebooks course-runs clean
 
 # The text behind ## of every target. In Python, since Windows has neither grep nor awk.
 help:  ## say what there is to make
 	@$(PYTHON) -c "import re; [print(f'make {n:<13}{t}') for n, t in re.findall(r'(?m)^([\w-]+):.*?## (.+)', open('Makefile').read())]"
 
-demo: $(VENV)/ready  ## set up, train a tiny model on real text, let it write
-	$(BIN)/python train_tiny.py
-	$(BIN)/python sample.py --prompt "The"
+DATA ?= docs
+demo: $(VENV)/ready  ## play; train on real text (DATA=my.txt, or tales) for minutes; fill gaps in it
+	$(BIN)/python -m minillada play
+	$(BIN)/python train_tiny.py --data $(DATA)
+	$(BIN)/python -m minillada play run
+
+report: $(VENV)/ready  ## write a page about the newest run: bound, samples, speed, curve
+	$(BIN)/python -m minillada report
 
 test: $(VENV)/ready  ## set up, run all tests but the long ones
 	$(BIN)/ruff check .

@@ -117,8 +117,9 @@ def introduce(step: RunStep, where: Path) -> None:
 def sample(step: RunStep) -> str:
     """Return what the model writes by now, or how it answers a held-out prompt, on one line."""
     prompt = [] if isinstance(step.config, TrainConfig) else step.text.prompt
-    length = min(64, step.length - len(prompt))
-    config = SampleConfig(length, length, length, temperature=0.7, remasking="random")
+    whole = getattr(step.config, "rows", "windows") == "documents"
+    length = step.length if whole else min(64, step.length - len(prompt))
+    config = SampleConfig(**{"gen_len": length, "steps": length, "block_len": length, **step.config.sampling})
     return " ".join(display(step.tokenizer.decode(prompt + generate(step.model, [prompt], config)[0])).split())
 
 
@@ -147,9 +148,9 @@ def follow(config: RunConfig | None, resume: Path | None, moved: dict, log: str 
           f"best at step {step.best}")  # fmt: skip
     print(f"saved in {where}" + (f", loss curve in {png}" if rank() == 0 and (png := loss_curve(where)) else ""))
     (code,) = agree(interrupted.code())
-    how = "--prompt 'The'" if isinstance(step.config, TrainConfig) else "--chat"
+    how = "" if isinstance(step.config, TrainConfig) else " --chat"
     print(f"interrupted; go on with: python train_tiny.py --resume {where}" if code else
-          f"write with it: python sample.py {where} {how}")  # fmt: skip
+          f"write with it: python sample.py {where}{how}")  # fmt: skip
     return int(code)
 
 

@@ -9,6 +9,7 @@ from .errors import check_one_of
 COMMANDS = {  # name -> (module, what it does)
     "play": ("commands.play", "a story appears, a board solves itself: see what masked diffusion is"),
     "evaluate": ("commands.evaluate", "measure a model: a text, gaps, options, toy tasks"),
+    "report": ("commands.report", "write a report card of a model: bound, samples, flawless stories, speed, curve"),
     "tasks": ("commands.tasks", "write a toy task with known answers"),
     "read": ("commands.read", "read the course in the browser: the code, with its prose and equations beside it"),
     "app": ("commands.app", "open a model in the browser"),

@@ -121,6 +121,8 @@ def sample_config(args: argparse.Namespace, model: ModelConfig, prompt_len: int,
         raise BadInput(f"prompt: expected fewer than {model.max_len} tokens, got {prompt_len}; shorten it")
     block = chosen.get("block_len", min(32, chosen.get("gen_len", room)))
     length = chosen.get("gen_len", max(room // block, 1) * block)
+    if "block_len" not in given and length % block:  # a default gives way
+        chosen.pop("block_len", None)
     check_whole("seed", args.seed, 0, 2**63 - 1)
     check_whole("gen_len", length, 1, model.max_len - prompt_len, "the model's length leaves no more")
     fitted = {"gen_len": length, "block_len": length if length % block else block, "steps": length}

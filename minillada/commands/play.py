@@ -24,7 +24,7 @@ from ..show.terminal import HOLE, watch
 from ..show.trace import Trace
 from ..text.chat import ChatTemplate
 from ..text.tales import mistake, tales
-from ..text.tasks import make_task
+from ..text.tasks import Example, make_task
 from ..text.tokenizer import Tokenizer, display
 from ..weights.checkpoint import load, locate
 from .ask import guide_of
@@ -51,15 +51,15 @@ class Player(NamedTuple):
         directory = locate(name)
         return cls(*load(directory), guide_of(directory), args)
 
-    def steps(self, row: list[int], **more: object) -> Iterator[Step]:
-        """Fill the holes of a row, one token a step, as the model's guide says unless `more` says otherwise."""
+    def steps(self, *rows: list[int], **more: object) -> Iterator[Step]:
+        """Fill the holes of rows of equal length, one token a step, as the guide says unless `more` says otherwise."""
         c = self.model.config
-        holes = [i for i, token in enumerate(row) if token == c.mask_id]
-        width = holes[-1] + 1 - holes[0]
+        holes = [i for row in rows for i, token in enumerate(row) if token == c.mask_id]
+        width = max(holes) + 1 - min(holes)
         whole = {"gen_len": width, "steps": width, "block_len": width, **self.guide.get("sampling", {}), **more}
-        if whole["block_len"] > 1 and width % whole["block_len"]:
+        if width % whole["block_len"]:
             whole["block_len"] = width
-        return stream(self.model, Canvas.infill([row], c), SampleConfig(**whole), self.args.seed, rivals=5)
+        return stream(self.model, Canvas.infill(rows, c), SampleConfig(**whole), self.args.seed, rivals=5)
 
     def watch(self, row: list[int], start: int = 0, **more: object) -> list[int]:
         """Draw the row while its holes are filled; return it. With --html, write the page too."""
@@ -67,9 +67,10 @@ class Player(NamedTuple):
         self.keep(steps, start)
         return steps[-1].x[0].tolist()
 
-    def keep(self, steps: list[Step], start: int = 0) -> None:
+    def keep(self, steps: list[Step], start: int = 0, **options: object) -> None:
+        """With --html, write the page to replay the steps."""
         if self.args.html:
-            save(Trace.record(steps, self.tokenizer, start=start), "html", self.args.html)
+            save(Trace.record(steps, self.tokenizer, start=start), "html", self.args.html, **options)
             print(f"html written to {self.args.html}", file=sys.stderr)
 
     def text(self, row: list[int]) -> str:
@@ -118,25 +119,45 @@ def fill(args: Namespace, text: str | None = None) -> None:
         print(f"  {old:>12} → {now:<12} {'the same' if old == now else 'another word'}")
 
 
+def board_row(player: Player, puzzle: Example) -> list[int]:
+    """Return a canvas row: the puzzle, `=`, and the board once more with a hole in each empty cell."""
+    clues = player.tokenizer.encode_with_masks(puzzle.prompt[:-1].replace(".", "[MASK]"))
+    return player.tokenizer.encode(puzzle.prompt) + clues
+
+
+ORDERS: dict[str, dict] = {"surest cell first": {}, "in reading order": {"block_len": 1}}
+
+
+def solutions(player: Player, puzzles: list[Example], **more: object) -> list[bool]:
+    """Tell which puzzles are solved, all of them filled side by side."""
+    *_, last = player.steps(*(board_row(player, puzzle) for puzzle in puzzles), **more)
+    boards = [player.tokenizer.decode(row) for row in last.x[:, -16:].tolist()]
+    return [board == puzzle.answer for board, puzzle in zip(boards, puzzles, strict=True)]
+
+
+def telling(player: Player) -> tuple[Example, str]:
+    """Return one of some unseen boards that one order solves and the other does not, and a line about it."""
+    puzzles = make_task("sudoku4", 0, player.args.seed, 40).test
+    first, second = (solutions(player, puzzles, **more) for more in ORDERS.values())
+    differ = [puzzle for puzzle, a, b in zip(puzzles, first, second, strict=True) if a != b]
+    why = f"Of {len(puzzles)} unseen boards it solves {sum(first)} surest cell first and {sum(second)} in reading order"
+    return (differ or puzzles)[
+        0
+    ], f"{why}; on this one the order matters." if differ else f"{why}; this is one of them."
+
+
 def sudoku(args: Namespace) -> None:
     """Fill one board twice: the surest cell first, and in reading order."""
     player = Player.load(args.model or "sudoku4", args)
-    c, tokenizer = player.model.config, player.tokenizer
-    puzzle = random.Random(args.seed).choice(make_task("sudoku4", 0, args.seed, 100).test)
-    clues = puzzle.prompt[:-1]
-    title(
-        f"A 4×4 board it has never seen, with {16 - clues.count('.')} clues. Every row, column and box has 1 to 4 once."
-    )
-    row = tokenizer.encode(puzzle.prompt) + [c.mask_id if cell == "." else tokenizer.encode(cell)[0] for cell in clues]
-    orders = {"surest cell first": {"block_len": None}, "in reading order": {"block_len": 1}}
-    runs = [player.steps(row, **({} if o["block_len"] is None else o)) for o in orders.values()]
-    start = len(puzzle.prompt)
-    kept = watch_boards(runs, list(orders), tokenizer, start, pause=8 * args.pause)
-    for order, steps in zip(orders, kept, strict=True):
-        got = tokenizer.decode(steps[-1].x[0, start:].tolist())
+    puzzle, why = telling(player)
+    title(f"A board: every row, column and box needs 1 to 4 once.\n{why}")
+    start, runs = len(puzzle.prompt), [player.steps(board_row(player, puzzle), **more) for more in ORDERS.values()]
+    kept = watch_boards(runs, list(ORDERS), player.tokenizer, start, pause=8 * args.pause)
+    for order, steps in zip(ORDERS, kept, strict=True):
+        got = player.tokenizer.decode(steps[-1].x[0, start:].tolist())
         wrong = sum(a != b for a, b in zip(got, puzzle.answer, strict=True))
-        print(f"  {order}: {'solved' if not wrong else f'{wrong} cells wrong'}")
-    player.keep(kept[0], start)
+        print(f"  {order}: {f'{wrong} of 16 cells wrong' if wrong else 'solved'}")
+    player.keep(kept[0], start, board=4)
 
 
 def reverse(args: Namespace) -> None:

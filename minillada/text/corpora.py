@@ -68,22 +68,23 @@ def shakespeare(url: str = SHAKESPEARE) -> Iterator[str]:
             raise BadLuck(f"shakespeare: expected {SHAKESPEARE_SIZE} known bytes, got others from {url}; {by_hand}")
         write_file(path, [data])
     yield from plain_text(path)
+# Many narrow heads: each thing that a tale must remember (hero, pronoun, toy, friend, food) can have one of its own.
+TELLER = {"n_layer": 4, "n_head": 6, "d_model": 96, "d_ff": 256, "rope_theta": 100.0}
 
 
 class Corpus(NamedTuple):
     """A text with a name, and what suits a model of it."""
 
     documents: Callable[[], Iterable[Iterable[str]]]  # each as its chunks
-    train: dict = {}  # noqa: RUF012 (fields of TrainConfig, unless told otherwise)
-    sampling: dict = WRITING  # fields of SampleConfig, unless told otherwise
+    train: dict = {}  # noqa: RUF012 (fields of TrainConfig with preset "tiny", for who asks for no other tokens)
+    sampling: dict = WRITING  # fields of SampleConfig: how a model of it is decoded unless told otherwise
 
 
 CORPORA: dict[str, Corpus] = {
     "docs": Corpus(lambda: [docs()]),
     "tales": Corpus(
         lambda: ([tale + "\n"] for tale in tales(seed=0, n=2500)),  # about 1.1 MB
-        {"rows": "documents", "length": 136, "tokenizer": "bpe:1024"},
-        {"temperature": 0.7, "remasking": "random"},
+        {"rows": "documents", "length": 136, "tokenizer": "bpe:1024", "model": TELLER},
     ),
     "shakespeare": Corpus(lambda: [shakespeare()]),
 }

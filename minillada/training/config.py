@@ -121,7 +121,7 @@ class TrainConfig(RunConfig):
         check_one_of("preset", self.preset, [name for name in PRESETS if "train" in PRESETS[name]])
         preset, known = PRESETS[self.preset], corpus(self.data)
         common = {"optimizer": "muon", "lr": 0.01, "adam_lr": 0.003, "rows": "windows", "sampling": known.sampling}
-        own = known.train if self.tokenizer is None and self.length is None else {}  # they go together
+        own = known.train if (self.preset, self.tokenizer, self.length) == ("tiny", None, None) else {}
         return {**common, "model": preset["model"], **preset["train"], **own}
 
     def __post_init__(self) -> None:
