@@ -116,9 +116,9 @@ def introduce(step: RunStep, where: Path) -> None:
 
 def sample(step: RunStep) -> str:
     """Return what the model writes by now, or how it answers a held-out prompt, on one line."""
-    prompt = [] if isinstance(step.config, TrainConfig) else step.text.prompt
     whole = getattr(step.config, "rows", "windows") == "documents"
-    length = step.length if whole else min(64, step.length - len(prompt))
+    prompt = [step.tokenizer.eos_id] * whole if isinstance(step.config, TrainConfig) else step.text.prompt
+    length = step.length - 1 if whole else min(64, step.length - len(prompt))
     config = SampleConfig(**{"gen_len": length, "steps": length, "block_len": length, **step.config.sampling})
     return " ".join(display(step.tokenizer.decode(prompt + generate(step.model, [prompt], config)[0])).split())
 

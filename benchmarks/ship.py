@@ -22,6 +22,7 @@ from minillada.diffusion import exact_count, model_bound, sample_t
 from minillada.files import write_file, write_json, write_manifest
 from minillada.measure.twin import twin_loss
 from minillada.text.chat import ChatTemplate
+from minillada.text.corpora import TELLER
 from minillada.text.tales import tales
 from minillada.text.tasks import make_task
 from minillada.train import LearnConfig, Pretraining, learn
@@ -33,7 +34,6 @@ from minillada.weights.checkpoint import locate
 from minillada.weights.shipped import HOME, SHIPPED
 
 HERE = Path("runs/shipped")  # data and runs
-SMALL = {"n_layer": 4, "n_head": 6, "d_model": 96, "d_ff": 256, "rope_theta": 100.0}
 BOARD = {"n_layer": 3, "n_head": 4, "d_model": 96, "d_ff": 256, "rope_theta": 100.0}
 STORIES = {"temperature": 0.7, "remasking": "random"}
 GUIDES = {
@@ -65,14 +65,14 @@ def config_of(name: str) -> TrainConfig | SFTConfig:
     """Return how one of the models is trained."""
     out = str(HERE / name)
     if name == "sudoku4":
-        return TrainConfig(data=data(name), model=BOARD, tokenizer="characters", rows="documents", length=35, out=out,
+        return TrainConfig(data=data(name), model=BOARD, tokenizer="characters", rows="documents", length=36, out=out,
                            steps=1200, batch_size=64)  # fmt: skip
     if name == "questions":
         start = longer(192)
         return SFTConfig(data=data(name), start=start, steps=3000, batch_size=8, out=out, eval_every=500)
-    steps = {"tales": 15_000, "tales-ar": 8000}[name]
-    return TrainConfig(data=data("tales"), model=SMALL, tokenizer="bpe:1024", rows="documents", length=136,
-                       steps=steps, warmup=400 / 15_000, decay=4000 / 15_000, out=out, sampling=STORIES, eval_every=1000)  # fmt: skip
+    steps = {"tales": 6000, "tales-ar": 3000}[name]
+    return TrainConfig(data=data("tales"), model=TELLER, tokenizer="bpe:1024", rows="documents", length=136,
+                       steps=steps, batch_size=16, out=out, sampling=STORIES, eval_every=500)  # fmt: skip
 
 
 def longer(length: int) -> str:
@@ -106,7 +106,7 @@ class Solver(Pretraining):
     """Learn the answer behind a puzzle, which is never hidden: hiding it too would teach the 192 boards by heart."""
 
     def losses(self, model: nn.Module, batch: Tensor, rng: Generator) -> Iterator[Tensor]:
-        answer = torch.arange(batch.shape[1]).expand_as(batch) >= 17
+        answer = torch.arange(batch.shape[1]).expand_as(batch) >= 18
         noised = exact_count(batch, self.mask_id, sample_t(len(batch), rng), rng, maskable=answer)
         yield model_bound(model, batch, noised).mean() / 18
 
@@ -129,7 +129,8 @@ def ship(name: str) -> None:
     model, tokenizer = minillada.load(source)
     rmtree(target, ignore_errors=True)
     minillada.save(model.bfloat16(), target, ChatTemplate.load(source, tokenizer) if name == "questions" else tokenizer)
-    write_json(target / "generation_config.json", {"minillada": GUIDES[name]})
+    guide = {**GUIDES[name], "after_eos": name != "questions"}
+    write_json(target / "generation_config.json", {"minillada": guide})
     write_manifest(target)
     size = sum(path.stat().st_size for path in target.iterdir())
     print(f"{target}: {model.n_parameters():,} parameters, {size / 1e6:.2f} MB")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from minillada.files import write_json
-from minillada.sampler import Canvas, SampleConfig, stream
+from minillada.sampler import SampleConfig, generate
 from minillada.text.tales import entropy_per_character, flawless
 from minillada.training.config import PRESETS, TrainConfig
 from minillada.training.run import RunStep, train
@@ -51,12 +51,9 @@ def config_of(changes: dict, track: str, source: str, minutes: float) -> TrainCo
 
 def stories(step: RunStep, n: int = 100, seed: int = 0) -> list[str]:
     """Return n texts that a model writes from nothing, as its run says."""
-    c, length = step.model.config, step.length
+    c, length = step.model.config, step.length - 1
     config = SampleConfig(**{"gen_len": length, "steps": length, "block_len": length, **step.config.sampling})
-    for done in stream(step.model, Canvas.infill([[c.mask_id] * length] * n, c), config, seed):
-        x = done.x
-    ends = [row.index(c.eos_id) if c.eos_id in row else len(row) for row in x.tolist()]
-    return [step.tokenizer.decode(row[:end]).strip() for row, end in zip(x.tolist(), ends, strict=True)]
+    return [step.tokenizer.decode(new).strip() for new in generate(step.model, [[c.eos_id]] * n, config, seed)]
 
 
 def measure(config: TrainConfig) -> dict:

@@ -551,8 +551,8 @@ def test_what_is_written_about_the_tokens_is_plain_json(file, tmp_path):
 def test_documents_are_what_stands_between_two_ends_of_text():
     tokens = np.array([5, 6, 1, 7, 1, 8, 8, 8, 1, 9], np.uint16)  # the first may be cut, the last has no end
     spans = whole_documents(tokens, eos_id=1)
-    assert spans.tolist() == [[3, 5], [5, 9]]
-    assert document_rows(tokens, spans, 5).tolist() == [[7, 1, 1, 1, 1], [8, 8, 8, 1, 1]]
+    assert spans.tolist() == [[2, 5], [4, 9]]  # with the ends of text on both sides
+    assert document_rows(tokens, spans, 6).tolist() == [[1, 7, 1, 1, 1, 1], [1, 8, 8, 8, 1, 1]]
     with pytest.raises(BadInput, match="expected many documents"):
         whole_documents(np.array([5, 6, 1]), 1)
 
@@ -560,7 +560,7 @@ def test_documents_are_what_stands_between_two_ends_of_text():
 def test_every_document_comes_once_in_an_epoch_and_batch_n_depends_on_n_alone():
     tokens = np.array([1, *(token for n in range(10, 17) for token in (n, 1))], np.uint16)
     spans = whole_documents(tokens, 1)
-    seen = [row[0] for batch in itertools.islice(document_batches(tokens, spans, 7, 3, 0), 3) for row in batch.tolist()]
+    seen = [row[1] for batch in itertools.islice(document_batches(tokens, spans, 7, 3, 0), 3) for row in batch.tolist()]
     assert [sorted(seen[i : i + 7]) for i in (0, 7, 14)] == [list(range(10, 17))] * 3 and seen[:7] != seen[7:14]
     far = list(itertools.islice(document_batches(tokens, spans, 3, 3, 4), 6))
     assert torch.equal(far[5], next(document_batches(tokens, spans, 3, 3, 4, start=5)))
@@ -571,7 +571,7 @@ def test_a_token_of_a_padded_row_has_fewer_characters_and_a_document_that_is_too
     text = tokenise(file(lines.encode(), "a.jsonl"), BYTES, tmp_path / "cache")
     rows = by_documents(text, 8, BYTES.eos_id)
     spans = whole_documents(text.val, BYTES.eos_id)
-    letters = sum(stop - start - 1 for start, stop in spans)
+    letters = sum(stop - start - 2 for start, stop in spans)
     assert rows.characters_per_token == pytest.approx(letters / (8 * len(spans)), rel=0.1)
-    with pytest.raises(BadInput, match="at most 4 tokens, got one of 5"):
-        by_documents(text, 4, BYTES.eos_id)
+    with pytest.raises(BadInput, match="at most 5 tokens, got one of 6"):
+        by_documents(text, 5, BYTES.eos_id)

@@ -31,6 +31,7 @@ from minillada.diffusion import exact_count, model_bound, pretraining_loss, samp
 from minillada.files import newest_checkpoint
 from minillada.measure.likelihood import log_likelihoods
 from minillada.text.ids import validation_batch
+from minillada.text.tales import is_tale
 from minillada.train import LearnConfig, Pretraining, Ways, learn, rate
 from minillada.training import optim, pretraining
 from minillada.training.config import PRESETS
@@ -436,6 +437,31 @@ def test_each_masking_level_has_the_mean_loss_of_its_masked_tokens():
             sums.setdefault(math.ceil(10 * masked.float().mean().item() - 1e-6), []).extend(nats.tolist())
     expected = [x for i in sorted(sums) for x in ((i - 0.5) / 10, sum(sums[i]) / len(sums[i]))]
     assert [x for level in levels for x in level] == pytest.approx(expected, rel=1e-4)
+
+
+# ---- A document in each row ----
+
+
+def test_rows_are_whole_tales_whose_first_token_is_given_and_the_bound_counts_their_characters():
+    made = make(TrainConfig(data="tales", steps=1, batch_size=4))
+    c, objective, eos = made.config, made.objective, made.model.config.eos_id
+    assert (c.rows, c.length, c.tokenizer) == ("documents", 136, "bpe:1024")
+    batch, rng = next(objective.batches(0)), torch.Generator().manual_seed(0)
+    for row in batch.tolist():
+        assert row[0] == row[-1] == eos and is_tale(made.saves.decode(row).strip())
+    for x0, noised in (objective.noise(batch, rng), objective.held_noise()):
+        assert not noised.masked[:, 0].any() and noised.masked.any(1).all() and torch.equal(x0[:, 0], noised.xt[:, 0])
+    bound = objective.validate(made.model)["bound"]
+    texts = [made.saves.decode(row).strip() + "\n" for row in objective.held.tolist()]
+    nats = model_bound(made.model, *objective.held_noise()).sum().item() / 2
+    assert bound == pytest.approx(nats / sum(map(len, texts)), rel=0.02)
+
+
+def test_who_asks_for_other_tokens_gets_windows_of_tales():
+    assert TrainConfig(data="tales", tokenizer="characters").rows == "windows"
+    assert TrainConfig(data="tales", preset="nano").rows == TrainConfig(data="docs").rows == "windows"
+    with pytest.raises(BadInput, match="rows: expected"):
+        TrainConfig(rows="lines")
 
 
 # ---- Less memory, the same numbers ----

@@ -26,8 +26,9 @@ from .cli import SAMPLING, SWITCHES, add_sampling, sample_config, tell
 
 
 def guide_of(directory: Path) -> dict:
-    """Return what a model directory's generation_config.json says for us: "sampling", fields of SampleConfig, and
-    "examples", {"prompt": texts, "fill": texts}; {} if nothing. Raises BadInput for another form."""
+    """Return what a model directory's generation_config.json says for us: "sampling", fields of SampleConfig;
+    "examples", {"prompt": texts, "fill": texts}; "after_eos", whether a text follows an end of text. {} if nothing.
+    Raises BadInput for another form."""
     path = directory / "generation_config.json"
     guide = read_json(path, CONFIG_CAP).get("minillada", {}) if path.is_file() else {}
     sampling = guide.get("sampling", {}) if isinstance(guide, dict) else None
@@ -55,6 +56,7 @@ class Talker(NamedTuple):
     defaults: dict  # fields of SampleConfig
     name: str  # what the user called it
     taught: bool  # to answer messages, as far as its files tell
+    begin: list[int]  # in front of a text: an end of text, if the model learned documents that follow one
 
     def config(self, args: argparse.Namespace, prompt_len: int, **more: object) -> SampleConfig:
         """Return how to decode: what the options say, then `more`, then the model's defaults."""
@@ -66,7 +68,7 @@ class Talker(NamedTuple):
         """Return the ids to go on from, of at most 1 MB of text."""
         check_size(what, text)
         if not self.instruct:
-            return self.tokenizer.encode(text)
+            return self.begin + self.tokenizer.encode(text)
         if not text.strip():
             raise BadInput(f"{what}: expected some text, got none; write something")
         return self.template.encode_chat([{"role": "user", "content": text}])
@@ -188,7 +190,8 @@ def make_talker(
     template = ChatTemplate.load(directory, tokenizer)
     last = name.replace("\\", "/").rstrip("/").split("/")[-1].lower()
     taught = "instruct" in last or (template.own and "base" not in last)  # base models too may bring a template
-    return Talker(model, tokenizer, template, not args.raw and (args.chat or taught), defaults, name, taught)
+    begin = [model.config.eos_id] if guide_of(directory).get("after_eos") else []
+    return Talker(model, tokenizer, template, not args.raw and (args.chat or taught), defaults, name, taught, begin)
 
 
 def question(args: argparse.Namespace, talker: Talker) -> Question:
@@ -197,7 +200,7 @@ def question(args: argparse.Namespace, talker: Talker) -> Question:
         if getattr(args, what) is not None:
             return to_fill(args, talker, what, getattr(args, what))
     prompt = talker.encode(args.prompt or "")
-    return to_write(args, talker, prompt, len(prompt) if talker.instruct else 0)
+    return to_write(args, talker, prompt, len(prompt if talker.instruct else talker.begin))
 
 
 def to_write(args: argparse.Namespace, talker: Talker, prompt: list[int], start: int) -> Question:
@@ -210,7 +213,8 @@ def to_write(args: argparse.Namespace, talker: Talker, prompt: list[int], start:
 def to_fill(args: argparse.Namespace, talker: Talker, what: str, text: str) -> Question:
     """Make holes of the [MASK]s of a text (what = "fill") or of its [[spans]] ("edit"). Raises BadInput."""
     check_size(what, text)
-    row = talker.tokenizer.encode_with_masks(text) if what == "fill" else talker.tokenizer.encode_to_edit(text)
+    encode = talker.tokenizer.encode_with_masks if what == "fill" else talker.tokenizer.encode_to_edit
+    row = talker.begin + encode(text)
     holes = [i for i, token in enumerate(row) if token == talker.model.config.mask_id]
     if not holes:
         sign = "[MASK]" if what == "fill" else "[[span]]"
@@ -219,7 +223,7 @@ def to_fill(args: argparse.Namespace, talker: Talker, what: str, text: str) -> Q
     width, model = holes[-1] + 1 - holes[0], talker.model
     whole = {"gen_len": width, "block_len": width, "ban_eos": True, "stop_at_eos": False}
     canvas = Canvas.infill([row], model.config, next(model.parameters()).device)
-    return Question(canvas, talker.config(args, len(row) - width, **whole))
+    return Question(canvas, talker.config(args, len(row) - width, **whole), 0, len(talker.begin))
 
 
 def show(args: argparse.Namespace, talker: Talker, asked: Question, steps: Iterable[Step]) -> list[int]:

@@ -51,21 +51,38 @@ class Player(NamedTuple):
         directory = locate(name)
         return cls(*load(directory), guide_of(directory), args)
 
+    @property
+    def begin(self) -> list[int]:
+        """The ids in front of every row: an end of text, if the model learned documents that follow one."""
+        return [self.model.config.eos_id] if self.guide.get("after_eos") else []
+
+    @property
+    def room(self) -> int:
+        """How many tokens a row may have."""
+        return self.model.config.max_len - len(self.begin)
+
     def steps(self, *rows: list[int], **more: object) -> Iterator[Step]:
-        """Fill the holes of rows of equal length, one token a step, as the guide says unless `more` says otherwise."""
-        c = self.model.config
-        holes = [i for row in rows for i, token in enumerate(row) if token == c.mask_id]
+        """Fill the holes of rows of equal length, one token a step, as the guide says unless `more` says otherwise. In
+        the steps `begin` stands in front of the rows."""
+        c, whole = self.model.config, [self.begin + row for row in rows]
+        holes = [i for row in whole for i, token in enumerate(row) if token == c.mask_id]
         width = max(holes) + 1 - min(holes)
-        whole = {"gen_len": width, "steps": width, "block_len": width, **self.guide.get("sampling", {}), **more}
-        if width % whole["block_len"]:
-            whole["block_len"] = width
-        return stream(self.model, Canvas.infill(rows, c), SampleConfig(**whole), self.args.seed, rivals=5)
+        how = {"gen_len": width, "steps": width, "block_len": width, **self.guide.get("sampling", {}), **more}
+        if width % how["block_len"]:
+            how["block_len"] = width
+        return stream(self.model, Canvas.infill(whole, c), SampleConfig(**how), self.args.seed, rivals=5)
+
+    def filled(self, *rows: list[int], **more: object) -> list[list[int]]:
+        """Return the rows without holes."""
+        *_, last = self.steps(*rows, **more)
+        return last.x[:, len(self.begin) :].tolist()
 
     def watch(self, row: list[int], start: int = 0, **more: object) -> list[int]:
         """Draw the row while its holes are filled; return it. With --html, write the page too."""
+        start += len(self.begin)
         steps = list(watch(self.steps(row, **more), self.tokenizer, start=start, pause=self.args.pause))
         self.keep(steps, start)
-        return steps[-1].x[0].tolist()
+        return steps[-1].x[0, len(self.begin) :].tolist()
 
     def keep(self, steps: list[Step], start: int = 0, **options: object) -> None:
         """With --html, write the page to replay the steps."""
@@ -94,11 +111,8 @@ def verdict(text: str) -> str:
 def story(args: Namespace) -> str:
     """Tell a story out of nothing but masks; return it."""
     player = Player.load(args.model or "tales", args)
-    title(
-        f"A story. {player.model.n_parameters() / 1e6:.1f} million parameters fill {player.model.config.max_len} masks."
-    )
-    row = player.watch([player.model.config.mask_id] * player.model.config.max_len)
-    text = player.text(row)
+    title(f"A story. {player.model.n_parameters() / 1e6:.1f} million parameters fill {player.room} masks.")
+    text = player.text(player.watch([player.model.config.mask_id] * player.room))
     print(f"\n{verdict(text)}")
     return text
 
@@ -130,9 +144,8 @@ ORDERS: dict[str, dict] = {"surest cell first": {}, "in reading order": {"block_
 
 def solutions(player: Player, puzzles: list[Example], **more: object) -> list[bool]:
     """Tell which puzzles are solved, all of them filled side by side."""
-    *_, last = player.steps(*(board_row(player, puzzle) for puzzle in puzzles), **more)
-    boards = [player.tokenizer.decode(row) for row in last.x[:, -16:].tolist()]
-    return [board == puzzle.answer for board, puzzle in zip(boards, puzzles, strict=True)]
+    rows = player.filled(*(board_row(player, puzzle) for puzzle in puzzles), **more)
+    return [player.tokenizer.decode(row[-16:]) == puzzle.answer for row, puzzle in zip(rows, puzzles, strict=True)]
 
 
 def telling(player: Player) -> tuple[Example, str]:
@@ -141,9 +154,8 @@ def telling(player: Player) -> tuple[Example, str]:
     first, second = (solutions(player, puzzles, **more) for more in ORDERS.values())
     differ = [puzzle for puzzle, a, b in zip(puzzles, first, second, strict=True) if a != b]
     why = f"Of {len(puzzles)} unseen boards it solves {sum(first)} surest cell first and {sum(second)} in reading order"
-    return (differ or puzzles)[
-        0
-    ], f"{why}; on this one the order matters." if differ else f"{why}; this is one of them."
+    why += "; on this one the order matters." if differ else "; this is one of them."
+    return (differ or puzzles)[0], why
 
 
 def sudoku(args: Namespace) -> None:
@@ -151,7 +163,8 @@ def sudoku(args: Namespace) -> None:
     player = Player.load(args.model or "sudoku4", args)
     puzzle, why = telling(player)
     title(f"A board: every row, column and box needs 1 to 4 once.\n{why}")
-    start, runs = len(puzzle.prompt), [player.steps(board_row(player, puzzle), **more) for more in ORDERS.values()]
+    runs = [player.steps(board_row(player, puzzle), **more) for more in ORDERS.values()]
+    start = len(player.begin) + len(puzzle.prompt)
     kept = watch_boards(runs, list(ORDERS), player.tokenizer, start, pause=8 * args.pause)
     for order, steps in zip(ORDERS, kept, strict=True):
         got = player.tokenizer.decode(steps[-1].x[0, start:].tolist())
@@ -168,10 +181,10 @@ def reverse(args: Namespace) -> None:
     title(f"The ending is given: “{ending}” What came before it?")
     before = len(tokenizer.encode(f"{head}."))
     row = [c.mask_id] * before + tokenizer.encode(f" {ending}\n") + [c.eos_id]
-    row = player.watch(row + [c.eos_id] * (c.max_len - len(row)), stop_at_eos=False, ban_eos=True)
+    row = player.watch(row + [c.eos_id] * (player.room - len(row)), stop_at_eos=False, ban_eos=True)
     print(f"\n{verdict(player.text(row))}")
     twin = Player.load("tales-ar", args)
-    (told,) = twin_generate(twin.model, [[]], c.max_len - 1, 0.7, args.seed, (c.eos_id,))
+    (told,) = twin_generate(twin.model, [twin.begin], twin.room - 1, 0.7, args.seed, (c.eos_id,))
     told = display(tokenizer.decode(told)).strip()
     print("\nIts autoregressive twin reads from left to right, so it cannot look at an ending. It tells another story:")
     print(f"\n{told}")
@@ -191,8 +204,7 @@ def chat(args: Namespace) -> None:
         if not asked.strip():
             continue
         prompt = template.encode_chat([{"role": "user", "content": f"{text} {asked.strip()}"}])
-        room = player.model.config.max_len - len(prompt)
-        if room < 1:
+        if (room := player.room - len(prompt)) < 1:
             raise BadInput(f"question: expected room for an answer, got {len(prompt)} tokens; ask a shorter one")
         player.watch(prompt + [player.model.config.mask_id] * min(8, room), start=len(prompt))
 
@@ -207,14 +219,14 @@ def own(args: Namespace) -> None:
         if n == 0:
             title(f"{name} fills gaps in sentences that it was not trained on.")
         row, old = tokenizer.encode_to_edit(sentence), re.findall(SPAN, sentence)
-        new = list(player.steps(row, stop_at_eos=False, ban_eos=True))[-1].x[0].tolist()
+        (new,) = player.filled(row, stop_at_eos=False, ban_eos=True)
         got = [tokenizer.token(new[i]).strip() for i, id in enumerate(row) if id == c.mask_id]
         print(f"  {re.sub(SPAN, HOLE, sentence)}")
         print("  " + ", ".join(f"{a} → {display(b)}" for a, b in zip(old, got, strict=False)) + "\n")
     for prompt in examples.get("prompt", [])[:1]:
         title(f"It goes on from “{prompt}”.")
         ids = tokenizer.encode(prompt)
-        player.watch(ids + [c.mask_id] * min(48, c.max_len - len(ids)))
+        player.watch(ids + [c.mask_id] * min(48, player.room - len(ids)))
     log = Path(name) / "log.jsonl"
     if log.is_file():
         bounds = [r["bound"] for r in map(json.loads, log.read_text(encoding="utf-8").splitlines()) if r.get("bound")]

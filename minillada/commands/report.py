@@ -10,7 +10,6 @@ from statistics import fmean
 
 from ..errors import BadInput
 from ..files import write_file
-from ..sampler import Canvas, SampleConfig, stream
 from ..show.plots import loss_curve
 from ..text.tales import entropy_per_character, flawless, is_tale
 from ..text.tasks import make_task
@@ -30,14 +29,11 @@ blockquote{margin:.6rem 0;padding:.1rem 1rem;border-left:3px solid #22a565;white
 blockquote.flawed{border-color:#d03030}img{max-width:100%;background:#fff;border-radius:4px}"""
 
 
-def written(player: Player, n: int, **more: object) -> tuple[list[str], float, int]:
-    """Write n texts from nothing together; return them, the seconds and the evaluations that it took."""
-    c, start = player.model.config, time.perf_counter()
-    length = c.max_len if "block_len" not in more else c.max_len // 32 * 32
-    how = {"gen_len": length, "steps": length, "block_len": length, **player.guide.get("sampling", {}), **more}
-    canvas = Canvas.infill([[c.mask_id] * length] * n, c)
-    *_, last = stream(player.model, canvas, SampleConfig(**how), player.args.seed)
-    return [player.text(row) for row in last.x.tolist()], time.perf_counter() - start, last.nfe
+def written(player: Player, n: int, **more: object) -> tuple[list[str], float]:
+    """Write n texts from nothing together; return them and the seconds that it took."""
+    start, length = time.perf_counter(), player.room if "block_len" not in more else player.room // 32 * 32
+    rows = player.filled(*[[player.model.config.mask_id] * length] * n, **more)
+    return [player.text(row) for row in rows], time.perf_counter() - start
 
 
 def solved(player: Player, n: int) -> dict[str, float]:
@@ -71,14 +67,14 @@ def card(player: Player, name: str, n: int) -> str:
             (f"boards solved, {order}", f"{share:.1%} of {n} unseen") for order, share in solved(player, n).items()
         ]
     else:
-        told, seconds, nfe = written(player, n)
+        told, seconds = written(player, n)
         if share := flawless(told):
             rows.append(("flawless stories", f"{share:.1%} of {n} written from nothing, {len(set(told))} distinct"))
             rows.append(("the stories' entropy", f"{entropy_per_character():.4f} nats per character"))
         for how, more in DECODINGS.items():
-            many, took, evaluations = (told, seconds, nfe) if not more else written(player, n, **more)
+            many, took = written(player, n, **more) if more else (told, seconds)
             tokens = sum(map(len, player.tokenizer.encode_batch(many)))
-            rows.append((f"speed, {how}", f"{tokens / took:,.0f} tokens/s ({n} at a time, {evaluations} evaluations)"))
+            rows.append((f"speed, {how}", f"{tokens / took:,.0f} tokens/s, {n} texts at a time"))
         marks = [" class='flawed'" if share and not is_tale(text) else "" for text in told]
         samples = [f"<blockquote{m}>{html.escape(t)}</blockquote>" for m, t in zip(marks, told[:5], strict=False)]
         parts += ["<h2>Samples</h2>", *samples]

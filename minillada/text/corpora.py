@@ -68,8 +68,10 @@ def shakespeare(url: str = SHAKESPEARE) -> Iterator[str]:
             raise BadLuck(f"shakespeare: expected {SHAKESPEARE_SIZE} known bytes, got others from {url}; {by_hand}")
         write_file(path, [data])
     yield from plain_text(path)
+
+
 # Many narrow heads: each thing that a tale must remember (hero, pronoun, toy, friend, food) can have one of its own.
-TELLER = {"n_layer": 4, "n_head": 6, "d_model": 96, "d_ff": 256, "rope_theta": 100.0}
+TELLER = {"n_layer": 4, "n_head": 6, "d_model": 96, "d_ff": 256, "rope_theta": 10_000.0}
 
 
 class Corpus(NamedTuple):

@@ -179,14 +179,15 @@ def validation_batch(tokens: np.ndarray, n: int, length: int) -> torch.Tensor:
 
 
 def whole_documents(tokens: np.ndarray, eos_id: int) -> np.ndarray:
-    """Return [start, stop) of what stands between two ends of text, with its own end: (N,2). The first document of a
-    part has no end of text before it, so it is left out: the split may have cut it. Raises BadInput if none is left."""
+    """Return [start, stop) of what stands between two ends of text, with both of them: (N,2). The one in front says
+    where a row begins: a model that knows distances alone could not tell one hidden place from another. The first
+    document of a part has none, so it is left out: the split may have cut it. Raises BadInput if none is left."""
     ends = np.flatnonzero(tokens == eos_id) + 1
     if len(ends) < 2:
         raise BadInput(
             "rows: expected many documents, each a row, got one; give JSONL with short texts, or use windows"
         )
-    return np.stack([ends[:-1], ends[1:]], axis=1)
+    return np.stack([ends[:-1] - 1, ends[1:]], axis=1)
 
 
 def by_documents(text: Tokens, length: int, eos_id: int) -> Tokens:
@@ -199,7 +200,7 @@ def by_documents(text: Tokens, length: int, eos_id: int) -> Tokens:
     if (longest := max(int(size.max()) for size in sizes.values())) > length:
         what = f"rows: expected documents of at most {length} tokens, got one of {longest}"
         raise BadInput(f"{what}; choose a longer length, or rows that are windows")
-    share = sizes["val"].mean() / length
+    share = (sizes["val"].mean() - 1) / length  # the end of text in front is given
     return replace(
         text, characters_per_token=text.characters_per_token * share, bytes_per_token=text.bytes_per_token * share
     )

@@ -142,5 +142,5 @@ def make(config: RunConfig, newest: Path | None = None, saved: dict | None = Non
         load_optimizers(optimizers, saved)
     guide = {"sampling": config.sampling}
     if isinstance(config, TrainConfig):
-        guide["examples"] = examples_of(text, saves)
+        guide |= {"after_eos": config.rows == "documents", "examples": examples_of(text, saves)}
     return Made(config, notices, text, saves, guide, base, objective, model, called, trained, optimizers, rng)

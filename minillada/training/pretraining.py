@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from ..diffusion import PROCESSES, Noised, model_bound, pretraining_loss
+from ..diffusion import PROCESSES, Noised, exact_count, model_bound, pretraining_loss, sample_t
 from ..text.ids import Tokens, batches, document_batches, document_rows, validation_batch, whole_documents
 from ..text.tokenizer import Tokenizer
 from ..train import Pretraining
@@ -47,6 +47,23 @@ class TextPretraining(Pretraining):
             draw, held = partial(batches, text.train, *size), validation_batch(text.val, 128, config.length)
         super().__init__(draw, held, mask_id, PROCESSES[config.process])
         self.text, self.config = text, config
+        self.given = int(config.rows == "documents")  # columns that are never hidden: the end of text in front
+
+    def maskable(self, x0: Tensor) -> Tensor | None:
+        """Return which places of x0 (B,T) may be hidden; None: all."""
+        return (torch.arange(x0.shape[1]) >= self.given).expand_as(x0) if self.given else None
+
+    def noise(self, x0: Tensor, rng: Generator) -> tuple[Tensor, Noised]:
+        if not self.given:
+            return super().noise(x0, rng)
+        return x0, self.process(x0, self.mask_id, sample_t(len(x0), rng), rng, self.maskable(x0))
+
+    def held_noise(self) -> tuple[Tensor, Noised]:
+        if not self.given:
+            return super().held_noise()
+        rng, x0 = Generator().manual_seed(0), self.held.repeat_interleave(2, dim=0)
+        levels = torch.cat([sample_t(2, rng) for _ in self.held])
+        return x0, exact_count(x0, self.mask_id, levels, rng, self.maskable(x0))
 
     def losses(self, model: nn.Module, batch: Tensor, rng: Generator) -> Iterator[Tensor]:
         """Yield this process's parts of the bound in nats per token."""
