@@ -42,8 +42,12 @@ def chat(*command: object) -> Iterator[Callable[[str], str]]:
             os.write(here, message.encode() + b"\n")
             return turn()
 
-        turn()
-        yield say
+        try:
+            turn()
+            yield say
+        except BaseException:  # else leaving Popen would wait for it for ever
+            child.kill()
+            raise
         os.write(here, b"\x04")
         assert child.wait(30) == 0
         assert b"error" not in child.stderr.read()

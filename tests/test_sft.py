@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import re
 import sys
 from functools import partial
 from itertools import chain, islice
@@ -260,7 +261,7 @@ def test_in_a_terminal_it_answers_what_it_was_taught_and_stops(home, tmp_path):
     list(train(config(home, data=str(data), steps=150, eval_every=150, batch_size=8, out=str(tmp_path / "run"))))
     with chat("sample.py", tmp_path / "run", "--gen-len", "4", "--temperature", "0", "--device", "cpu") as say:
         for question, answer in taught.items():
-            assert last_picture(say(question)).split("you> ")[0].strip() == answer
+            assert re.sub(r"\x1b\[[\d;]*m", "", last_picture(say(question))).split("you> ")[0].strip() == answer
             say("/reset")
 
 

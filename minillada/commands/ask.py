@@ -231,7 +231,7 @@ def show(args: argparse.Namespace, talker: Talker, asked: Question, steps: Itera
     the tokens behind the prompt, up to the end of the text."""
     seen, start, written = [], time.perf_counter(), 0
     if not args.quiet:
-        steps = watch(steps, talker.tokenizer, start=asked.start, pause=args.watch)
+        steps = watch(steps, talker.tokenizer, start=asked.start, pause=args.watch, key=not args.chat)
     with bar_of(asked.config.steps) if args.quiet else nullcontext() as bar:
         for step in steps:
             seen = [*seen, step] if files_of(args) else [step]

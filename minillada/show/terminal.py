@@ -104,12 +104,12 @@ def legend(width: int, done: bool) -> list[str]:
 
 def watch(
     steps: Iterable[Step], tokenizer: Tokenizer, out: TextIO | None = None,
-    row: int = 0, stages: int = 5, start: int = 0, pause: float = 0.0,
+    row: int = 0, stages: int = 5, start: int = 0, pause: float = 0.0, key: bool = True,
 ) -> Iterator[Step]:  # fmt: skip
     """Yield the same steps, each drawn: in a terminal over the one before, elsewhere a few stages one below the other.
     A legend says what the colours mean: how probable a token was when it was committed, which are new, which were taken
-    back. NO_COLOR and TERM=dumb are honoured. start: the first column to draw. pause: seconds to hold each step. Until
-    the last step, a canvas taller than the terminal shows its end alone."""
+    back (key=False: no legend). NO_COLOR and TERM=dumb are honoured. start: the first column to draw. pause: seconds to
+    hold each step. Until the last step, a canvas taller than the terminal shows its end alone."""
     out = out or sys.stdout
     live = out.isatty() and os.environ.get("TERM") != "dumb"
     colour = live and "NO_COLOR" not in os.environ
@@ -117,10 +117,10 @@ def watch(
     for step, frame in frames(steps, row, start):
         if live:
             size = shutil.get_terminal_size()  # each time anew: a window may be resized
-            key = legend(size.columns - 1, False) if colour else []
-            room = max(1, size.lines - 2 - len(key))
+            meaning = legend(size.columns - 1, False) if colour and key else []
+            room = max(1, size.lines - 2 - len(meaning))
             lines = layout(pieces(*frame, tokenizer), size.columns - 1, colour)[-room:]
-            lines += [""] * (min(room, height - len(key)) - len(lines)) + key  # the legend never moves up
+            lines += [""] * (min(room, height - len(meaning)) - len(lines)) + meaning  # the legend never moves up
             out.write(over(height) + "\n".join(lines) + "\n")
             height = len(lines)
         else:
@@ -136,7 +136,7 @@ def watch(
     if live and frame is not None:
         tokens, held, new, back = frame
         last = layout(pieces(tokens, held, [False] * len(new), back, tokenizer), size.columns - 1, colour)
-        out.write(over(height) + "\n".join(last + (legend(size.columns - 1, True) if colour else [])) + "\n")
+        out.write(over(height) + "\n".join(last + (legend(size.columns - 1, True) if colour and key else [])) + "\n")
         out.flush()
 
 
