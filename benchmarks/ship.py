@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 import minillada
-from minillada.diffusion import exact_count, model_bound, sample_t
+from minillada.diffusion import Noised, exact_count, model_bound, sample_t
 from minillada.files import write_file, write_json, write_manifest
 from minillada.measure.twin import twin_loss
 from minillada.text.chat import ChatTemplate
@@ -69,18 +69,18 @@ def config_of(name: str) -> TrainConfig | SFTConfig:
                            steps=1200, batch_size=64)  # fmt: skip
     if name == "questions":
         start = longer(192)
-        return SFTConfig(data=data(name), start=start, steps=3000, batch_size=8, out=out, eval_every=500)
-    steps = {"tales": 6000, "tales-ar": 3000}[name]
+        return SFTConfig(data=data(name), start=start, steps=2000, batch_size=8, out=out, eval_every=500)
+    steps = {"tales-before": 6000, "tales": 2500, "tales-ar": 3000}[name]
     return TrainConfig(data=data("tales"), model=TELLER, tokenizer="bpe:1024", rows="documents", length=136,
                        steps=steps, batch_size=16, out=out, sampling=STORIES, eval_every=500)  # fmt: skip
 
 
 def longer(length: int) -> str:
-    """Write the model of `tales` as one of longer rows, so that a question fits behind a tale: its weights know of no
-    length. Return its directory."""
+    """Write the model that pre-training has made for `tales` as one of longer rows, so that a question fits behind a
+    tale: its weights know of no length. Return its directory."""
     target = HERE / f"tales-{length}"
     if not target.exists():
-        model, tokenizer = minillada.load(HERE / "tales")
+        model, tokenizer = minillada.load(HERE / "tales-before")
         model.config = replace(model.config, max_len=length)
         minillada.save(model, target, tokenizer)
     return str(target)
@@ -90,6 +90,8 @@ def learned(name: str) -> None:
     """Train one of the models, or go on with it; print how it goes."""
     config = config_of(name)
     began = (Path(config.out) / "run.json").exists()
+    if (Path(config.out) / "checkpoints" / f"step-{config.steps:08d}").exists():
+        return
     for step in train(None if began else config, config.out if began else None):
         if step.bound is not None:
             print(f"{name}: step {step.step}, {step.seconds:.0f} s, {step.config.units(step.bound)}", flush=True)
@@ -111,12 +113,31 @@ class Solver(Pretraining):
         yield model_bound(model, batch, noised).mean() / 18
 
 
+class InWindows(Pretraining):
+    """Learn half of the rows as pre-training does, and half as a text looks while it is written in windows: clean up to
+    a random place, hidden at a random level in the next 16, all hidden behind them, where nothing is asked."""
+
+    def noise(self, x0: Tensor, rng: Generator, width: int = 16) -> tuple[Tensor, Noised]:
+        place = torch.arange(x0.shape[1]).expand_as(x0)
+        start = torch.randint(1, x0.shape[1] - width + 1, (len(x0), 1), generator=rng)
+        window, later = (place >= start) & (place < start + width), place >= start + width
+        anywhere, t = place >= 1, sample_t(len(x0), rng)
+        half = torch.arange(len(x0))[:, None] % 2 == 0
+        xt, masked, weight = exact_count(x0, self.mask_id, t, rng, torch.where(half, window, anywhere))
+        weight = torch.where(half[:, 0], weight * (x0.shape[1] - 1) / width, weight)
+        return x0, Noised(xt.masked_fill(half & later, self.mask_id), masked, weight)
+
+
 def learned_directly(name: str) -> None:
-    """Train a model of another objective by `learn` alone, which can't be resumed, and write it."""
-    made, kind = make(config_of(name)), {"tales-ar": Twin, "sudoku4": Solver}[name]
+    """Train a model of another objective by `learn` alone, which can't be resumed, and write it. `tales` goes on from
+    the model that pre-training has made."""
+    made, kind = make(config_of(name)), {"tales-ar": Twin, "sudoku4": Solver, "tales": InWindows}[name]
+    if name == "tales":
+        made.model.load_state_dict(minillada.load(HERE / "tales-before")[0].state_dict())
     objective = kind(made.objective.batches, made.objective.held, made.model.config.mask_id)
     optimizers, start = make_optimizers(made.model, made.config), time.perf_counter()
-    for step in learn(made.model, optimizers, objective, LearnConfig(steps=made.config.steps), made.rng):
+    config = LearnConfig(steps=made.config.steps, decay=0.7 if name == "tales" else 0.4)
+    for step in learn(made.model, optimizers, objective, config, made.rng):
         if step.step % 200 == 0:
             print(f"{name}: step {step.step}, {time.perf_counter() - start:.0f} s, loss {step.loss:.4f}", flush=True)
     rmtree(HERE / name, ignore_errors=True)
@@ -140,7 +161,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="+", choices=list(SHIPPED))
     for name in parser.parse_args().names:
-        (learned_directly if name in ("tales-ar", "sudoku4") else learned)(name)
+        if name in ("tales", "questions"):
+            learned("tales-before" if name == "tales" else name)
+        if name != "questions":
+            learned_directly(name)
         ship(name)
 
 
