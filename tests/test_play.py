@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from minillada.text.tales import flawless, tales
 from minillada.text.tasks import make_task
 from minillada.weights.checkpoint import check, locate
 from minillada.weights.shipped import HOME, SHIPPED
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -190,3 +193,17 @@ def test_a_board_row_has_a_hole_for_each_empty_cell():
     (puzzle,) = make_task("sudoku4", 0, 0, 1).test
     row = play.board_row(solver, puzzle)
     assert len(row) == 17 + 16 and row.count(solver.model.config.mask_id) == puzzle.prompt.count(".")
+
+
+# ---- The speedrun ----
+
+
+def test_every_entry_of_the_speedrun_is_a_training_that_can_be_made(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import speedrun
+
+    for changes in speedrun.ENTRIES.values():
+        config = speedrun.config_of(changes, "tales", 3.0)
+        assert (config.minutes, config.steps) == (3.0, None)
+        assert {**config.model, **changes.get("model", {})} == config.model
+    assert speedrun.config_of({}, "tales", 3.0).rows == "documents"

@@ -25,7 +25,7 @@ RUNS = Path("runs")
 
 # option -> what it does. Types and defaults are SampleConfig's.
 SAMPLING = {
-    "gen_len": "new tokens (default: 128, or what the model's length leaves)",
+    "gen_len": "new tokens (default: 128, or all that the length of a small model leaves)",
     "steps": "evaluations of the model, all windows together (default: one per token)",
     "block_len": "tokens of a window; windows are filled from left to right (default: 32)",
     "temperature": "0 takes the most probable token, 1 samples from the model",
@@ -116,7 +116,8 @@ def sample_config(args: argparse.Namespace, model: ModelConfig, prompt_len: int,
     method = method_of(SampleConfig(**{name: chosen[name] for name in ("commit", "revise") if name in chosen}))
     if "remasking" not in given and not isinstance(method, Quota):  # it goes by the score
         chosen["remasking"] = "low_confidence"
-    room = min(128, model.max_len - prompt_len)
+    left = model.max_len - prompt_len
+    room = left if left < 256 else 128
     if room < 1:
         raise BadInput(f"prompt: expected fewer than {model.max_len} tokens, got {prompt_len}; shorten it")
     block = chosen.get("block_len", min(32, chosen.get("gen_len", room)))
