@@ -35,7 +35,7 @@ from minillada.weights.shipped import HOME, SHIPPED
 
 HERE = Path("runs/shipped")  # data and runs
 BOARD = {"n_layer": 3, "n_head": 4, "d_model": 96, "d_ff": 256, "rope_theta": 100.0}
-STORIES = {"temperature": 0.7, "remasking": "random"}
+STORIES = {"temperature": 0.7, "block_len": 15}
 GUIDES = {
     "tales": {"sampling": STORIES, "examples": {
         "prompt": ["Once upon a time a brave child named Greta", "There was once a shy child whose name was Otto"],
@@ -130,16 +130,20 @@ class InWindows(Pretraining):
 
 def learned_directly(name: str) -> None:
     """Train a model of another objective by `learn` alone, which can't be resumed, and write it. `tales` goes on from
-    the model that pre-training has made."""
+    the model that pre-training has made, in two rounds."""
     made, kind = make(config_of(name)), {"tales-ar": Twin, "sudoku4": Solver, "tales": InWindows}[name]
+    rounds = [(0, made.config.steps, 0.4)]  # first step, last step, share in which the rate falls
     if name == "tales":
+        rounds = [(0, 2500, 0.7), (2500, 7500, 0.6)]
         made.model.load_state_dict(minillada.load(HERE / "tales-before")[0].state_dict())
     objective = kind(made.objective.batches, made.objective.held, made.model.config.mask_id)
-    optimizers, start = make_optimizers(made.model, made.config), time.perf_counter()
-    config = LearnConfig(steps=made.config.steps, decay=0.7 if name == "tales" else 0.4)
-    for step in learn(made.model, optimizers, objective, config, made.rng):
-        if step.step % 200 == 0:
-            print(f"{name}: step {step.step}, {time.perf_counter() - start:.0f} s, loss {step.loss:.4f}", flush=True)
+    start = time.perf_counter()
+    for first, last, decay in rounds:
+        optimizers, config = make_optimizers(made.model, made.config), LearnConfig(steps=last, decay=decay)
+        for step in learn(made.model, optimizers, objective, config, made.rng, first):
+            if step.step % 200 == 0:
+                seconds = time.perf_counter() - start
+                print(f"{name}: step {step.step}, {seconds:.0f} s, loss {step.loss:.4f}", flush=True)
     rmtree(HERE / name, ignore_errors=True)
     minillada.save(made.model, HERE / name, made.saves)
 

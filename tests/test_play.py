@@ -18,7 +18,7 @@ from minillada.commands.play import Player, verdict
 from minillada.errors import BadInput
 from minillada.files import verify_manifest
 from minillada.show.board import board_lines
-from minillada.text.tales import flawless, tales
+from minillada.text.tales import flawless, mistake, tales
 from minillada.text.tasks import make_task
 from minillada.weights.checkpoint import check, locate
 from minillada.weights.shipped import HOME, SHIPPED
@@ -72,10 +72,11 @@ def test_a_shipped_model_is_stored_in_bfloat16_and_loaded_by_name_in_float32(nam
     assert minillada.load(name)[0].config.vocab_size == tiny_model().config.vocab_size
 
 
-def test_the_teller_tells_stories_that_are_mostly_flawless_and_none_twice():
+def test_the_teller_tells_stories_that_end_go_well_for_long_and_never_come_twice():
     teller = player("tales")
     told, _ = report.written(teller, 6)
-    assert flawless(told) >= 0.5 and len(set(told)) == 6
+    assert len(set(told)) == 6 and all(300 < len(text) < 600 for text in told)
+    assert sum(len(text) if (at := mistake(text)) is None else at for text in told) / 6 > 150
 
 
 def test_the_solver_solves_boards_it_has_not_seen_and_better_surest_first():
@@ -169,7 +170,7 @@ def test_a_run_of_ones_own_shows_gaps_and_says_what_next(call, tmp_path, monkeyp
     list(minillada.train(config))
     guide = guide_of(locate(tmp_path / "run"))
     assert guide["sampling"] == {"temperature": 0.7, "remasking": "random"}
-    assert all(text.count("[MASK]") == 3 for text in guide["examples"]["fill"]) and guide["examples"]["fill"]
+    assert guide["examples"]["fill"] and all(text.count("[MASK]") >= 3 for text in guide["examples"]["fill"])
     code, out, _ = call(play, "run", "--model", tmp_path / "run")
     assert code == 0 and "What next" in out and "nats per character" in out and out.count(" → ") >= 3
 

@@ -4,6 +4,7 @@ learned, and from which noise, is `Pretraining` of `train.py`. Shapes: B rows, T
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -97,15 +98,14 @@ def examples_of(text: Tokens, tokenizer: Tokenizer, n: int = 3) -> dict[str, lis
     """Make things to try with a model from the first held-out sentences: the first half as a "prompt"; the sentence
     with three words as holes ("fill"), and the same with those words in [[brackets]] ("edit")."""
     found: dict[str, list[str]] = {"prompt": [], "fill": [], "edit": []}
-    passage = tokenizer.decode(text.val[:20_000].tolist())
-    for sentence in re.findall(r"(?<=[.!?\n] )?[A-Z][a-z]+ [^.!?\n\[\]]{30,90}[.!?](?=\s)", passage)[:n]:
-        ids = tokenizer.encode(sentence)
-        words = [i for i, id in enumerate(ids) if re.fullmatch(r" [A-Za-z]{3,}", tokenizer.token(id))]
-        chosen = set(words[1::2][:3])
-        if len(chosen) < 3:
-            continue
-        pieces = [tokenizer.token(id) for id in ids]
-        found["prompt"].append("".join(pieces[: len(ids) // 2]).rstrip())
-        found["fill"].append("".join("[MASK]" if i in chosen else text for i, text in enumerate(pieces)))
-        found["edit"].append("".join(f" [[{text[1:]}]]" if i in chosen else text for i, text in enumerate(pieces)))
+    passage = " ".join(tokenizer.decode(text.val[:40_000].tolist()).split())
+    for sentence in re.findall(r"(?<=[.!?] )[A-Z][^.!?()\[\]*`|_]{40,110}[.!?](?= )", passage)[:n]:
+        words = [match.span() for match in re.finditer(r" [a-z]{3,}(?=[ ,.!?])", sentence)]
+        hidden = words[1 :: max(1, len(words) // 3)][:3]
+        cuts = [0, *(at for span in hidden for at in span), len(sentence)]
+        pieces = [sentence[a:b] for a, b in pairwise(cuts)]  # kept, hidden, kept, ...
+        holes = lambda word: "[MASK]" * len(tokenizer.encode(word))
+        found["prompt"].append(sentence[: words[len(words) // 2][0]] if words else sentence)
+        found["fill"].append("".join(holes(p) if i % 2 else p for i, p in enumerate(pieces)))
+        found["edit"].append("".join(f" [[{p[1:]}]]" if i % 2 else p for i, p in enumerate(pieces)))
     return found
