@@ -11,7 +11,6 @@ import secrets
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from itertools import count, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -221,8 +220,11 @@ def own(args: Namespace) -> None:
             title(f"{name} fills gaps in sentences that it was not trained on.")
         row, old = tokenizer.encode_to_edit(sentence), re.findall(SPAN, sentence)
         (new,) = player.filled(row, stop_at_eos=False, ban_eos=True)
-        holes = [(i, new[i]) for i, id in enumerate(row) if id == c.mask_id]  # those of one word stand together
-        words = [[id for _, id in word] for _, word in groupby(holes, lambda hole, n=count(): hole[0] - next(n))]
+        words: list[list[int]] = []  # holes that stand together are one word
+        for before, id, now in zip([0, *row], row, new, strict=False):
+            if id == c.mask_id:
+                words = words if before == c.mask_id else [*words, []]
+                words[-1].append(now)
         got = [tokenizer.decode(word).strip() for word in words]
         print(f"  {re.sub(SPAN, HOLE, sentence)}")
         print("  " + ", ".join(f"{a} → {display(b)}" for a, b in zip(old, got, strict=False)) + "\n")
