@@ -46,7 +46,7 @@ def call(monkeypatch, capsys):
 
 
 def player(name: str, seed: int = 0) -> Player:
-    return Player.load(name, Namespace(seed=seed, pause=0.0, html=None))
+    return Player.load(name, Namespace(seed=seed, pause=0.0, html=None, svg=None))
 
 
 # ---- What comes with the package ----

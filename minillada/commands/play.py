@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import BadInput, check_number, check_one_of, check_whole
+from ..files import write_file
 from ..measure.twin import twin_generate
 from ..model import LLaDA
 from ..sampler import Canvas, SampleConfig, Step, answer_of, stream
 from ..show.board import watch_boards
-from ..show.page import check_file, save
+from ..show.page import board_svg, check_file, save, to_svg
 from ..show.terminal import HOLE, watch
 from ..show.trace import Trace
 from ..text.chat import ChatTemplate
@@ -44,7 +45,7 @@ class Player(NamedTuple):
     model: LLaDA
     tokenizer: Tokenizer
     guide: dict  # see `guide_of`
-    args: Namespace  # seed, pause, html
+    args: Namespace  # seed, pause, html, svg
 
     @classmethod
     def load(cls, name: str, args: Namespace) -> "Player":
@@ -84,11 +85,15 @@ class Player(NamedTuple):
         self.keep(steps, start)
         return steps[-1].x[0, len(self.begin) :].tolist()
 
-    def keep(self, steps: list[Step], start: int = 0, **options: object) -> None:
-        """With --html, write the page to replay the steps."""
+    def keep(self, steps: list[Step], start: int = 0, board: int = 0) -> None:
+        """Write the steps to the files of --html and --svg; board: the side of the board that the row is, if it is."""
+        trace = Trace.record(steps, self.tokenizer, start=start) if self.args.html or self.args.svg else None
         if self.args.html:
-            save(Trace.record(steps, self.tokenizer, start=start), "html", self.args.html, **options)
-            print(f"html written to {self.args.html}", file=sys.stderr)
+            save(trace, "html", self.args.html, **({"board": board} if board else {}))
+        if self.args.svg:
+            write_file(self.args.svg, [(board_svg(trace, board) if board else to_svg(trace, width=44)).encode()])
+        for path in filter(None, (self.args.html, self.args.svg)):
+            print(f"written to {path}", file=sys.stderr)
 
     def text(self, row: list[int]) -> str:
         """Return what a row says up to its end of text."""
@@ -263,14 +268,15 @@ def main() -> None:
     p.add_argument("--seed", type=int, help="same seed, same play (default: another one each time)")
     p.add_argument("--pause", type=float, default=0.04, help="seconds to hold each step in a terminal (default: 0.04)")
     p.add_argument("--html", type=Path, metavar="FILE", help="a new file: a page to replay it")
+    p.add_argument("--svg", type=Path, metavar="FILE", help="a new file: an animation of it")
     args = p.parse_args()
     if args.act is not None:
         check_one_of("act", args.act, ACTS)
     check_number("pause", args.pause, 0, 60)
-    if args.html:
+    for form in (form for form in ("html", "svg") if getattr(args, form)):
         if args.act not in ("story", "fill", "sudoku", "reverse"):
-            raise BadInput(f"html: expected one of story, fill, sudoku, reverse to be played, got {args.act}; name one")
-        check_file("html", args.html)
+            raise BadInput(f"{form}: expected story, fill, sudoku or reverse to be played, got {args.act}; name one")
+        check_file(form, getattr(args, form))
     told = args.seed is None
     args.seed = secrets.randbelow(10_000) if told else args.seed
     check_whole("seed", args.seed, 0, 2**63 - 1)
