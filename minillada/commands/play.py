@@ -236,7 +236,7 @@ def own(args: Namespace) -> None:
     for prompt in examples.get("prompt", [])[:1]:
         title(f"It goes on from “{prompt}”.")
         ids = tokenizer.encode(prompt)
-        player.watch(ids + [c.mask_id] * min(48, player.room - len(ids)))
+        player.watch(ids + [c.mask_id] * min(48, player.room - len(ids)), block_len=16)
     log = Path(name) / "log.jsonl"
     if log.is_file():
         bounds = [r["bound"] for r in map(json.loads, log.read_text(encoding="utf-8").splitlines()) if r.get("bound")]
