@@ -38,6 +38,11 @@ def guide_of(directory: Path) -> dict:
     return guide
 
 
+def begin_of(guide: dict, eos_id: int | None) -> list[int]:
+    """Return the ids in front of every text: an end of text, if the model learned documents that follow one."""
+    return [eos_id] if guide.get("after_eos") else []
+
+
 def defaults_of(directory: Path) -> dict:
     """Return how to decode a model unless told otherwise, as fields of SampleConfig."""
     return guide_of(directory).get("sampling", {})
@@ -56,7 +61,7 @@ class Talker(NamedTuple):
     defaults: dict  # fields of SampleConfig
     name: str  # what the user called it
     taught: bool  # to answer messages, as far as its files tell
-    begin: list[int]  # in front of a text: an end of text, if the model learned documents that follow one
+    begin: list[int]  # see `begin_of`
 
     def config(self, args: argparse.Namespace, prompt_len: int, **more: object) -> SampleConfig:
         """Return how to decode: what the options say, then `more`, then the model's defaults."""
@@ -190,7 +195,7 @@ def make_talker(
     template = ChatTemplate.load(directory, tokenizer)
     last = name.replace("\\", "/").rstrip("/").split("/")[-1].lower()
     taught = "instruct" in last or (template.own and "base" not in last)  # base models too may bring a template
-    begin = [model.config.eos_id] if guide_of(directory).get("after_eos") else []
+    begin = begin_of(guide_of(directory), model.config.eos_id)
     return Talker(model, tokenizer, template, not args.raw and (args.chat or taught), defaults, name, taught, begin)
 
 

@@ -28,7 +28,8 @@ from ..text.tales import mistake, tales
 from ..text.tasks import Example, make_task
 from ..text.tokenizer import Tokenizer, display
 from ..weights.checkpoint import load, locate
-from .ask import guide_of
+from .ask import begin_of, guide_of
+from .chat import lines_of_user
 from .cli import Parser, newest_run, run
 
 EXAMPLES = """examples:
@@ -49,13 +50,14 @@ class Player(NamedTuple):
 
     @classmethod
     def load(cls, name: str, args: Namespace) -> "Player":
+        """Load a run, a model directory or a shipped model, with its guide."""
         directory = locate(name)
         return cls(*load(directory), guide_of(directory), args)
 
     @property
     def begin(self) -> list[int]:
-        """The ids in front of every row: an end of text, if the model learned documents that follow one."""
-        return [self.model.config.eos_id] if self.guide.get("after_eos") else []
+        """The ids in front of every row."""
+        return begin_of(self.guide, self.model.config.eos_id)
 
     @property
     def room(self) -> int:
@@ -203,8 +205,6 @@ def chat(args: Namespace) -> None:
     print(text + "\n")
     print("Ask who lost what, what colour it was, who helped, what they wanted, where the hero lived.\n")
     template = ChatTemplate.load(locate(args.model or "questions"), player.tokenizer)
-    from .chat import lines_of_user
-
     for asked in lines_of_user():
         if not asked.strip():
             continue
@@ -216,7 +216,7 @@ def chat(args: Namespace) -> None:
 
 def own(args: Namespace) -> None:
     """Show what a run of train_tiny.py can do: gaps of held-out sentences, a text continued, its bound."""
-    name = args.model or str(newest_run())
+    name = args.model or newest_run()
     player = Player.load(name, args)
     tokenizer, c = player.tokenizer, player.model.config
     examples = player.guide.get("examples", {})
