@@ -1,9 +1,9 @@
 """Train the models that come with the package, and write them to minillada/shipped/ (docs/shipped.md).
 
-    python benchmarks/ship.py tales sudoku4 questions tales-ar
+    python benchmarks/ship.py sudoku4 tales-ar tales questions
 
-A training that was interrupted goes on when the command is repeated. What is written is the model of the last
-checkpoint in bfloat16, its tokenizer and generation_config.json. `questions` begins with the model of `tales`.
+What is written is a model in bfloat16, its tokenizer and generation_config.json. `questions` begins with what
+pre-training has made for `tales`. Pre-training and SFT go on where they were interrupted when the command is repeated.
 """
 
 import argparse
@@ -42,7 +42,7 @@ GUIDES = {
         "fill": ["On her birthday she was given a[MASK][MASK].", "A[MASK] hedgehog offered to help for a[MASK]."],
     }},
     "tales-ar": {"sampling": STORIES},
-    "sudoku4": {"sampling": {"temperature": 0.0}, "examples": {"prompt": ["1.3..3.13..2.4.3="]}},
+    "sudoku4": {"sampling": {"temperature": 0.0}, "examples": {"prompt": ["2.14..3.342..24.="]}},
     "questions": {"sampling": {"temperature": 0.0}, "examples": {"chat": []}},
 }  # fmt: skip
 
@@ -138,7 +138,9 @@ def learned_directly(name: str) -> None:
         made.model.load_state_dict(minillada.load(HERE / "tales-before")[0].state_dict())
     objective = kind(made.objective.batches, made.objective.held, made.model.config.mask_id)
     start = time.perf_counter()
-    for first, last, decay in rounds:
+    for number, (first, last, decay) in enumerate(rounds):
+        if number:
+            made.rng.manual_seed(number)
         optimizers, config = make_optimizers(made.model, made.config), LearnConfig(steps=last, decay=decay)
         for step in learn(made.model, optimizers, objective, config, made.rng, first):
             if step.step % 200 == 0:
