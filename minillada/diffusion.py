@@ -23,7 +23,7 @@ class Noised(NamedTuple):
 
     xt: Tensor  # (B,T) long
     masked: Tensor  # (B,T) bool
-    weight: Tensor  # (B,) float32, so that weight * sum of CE is an unbiased estimate of the bound
+    weight: Tensor  # (B,) or, of each token, (B,T): weight * CE, summed, is an unbiased estimate of the bound
 
     def to(self, device: torch.device | str) -> "Noised":
         return Noised(*(x.to(device) for x in self))
@@ -88,8 +88,11 @@ def nll_bound(logits: Tensor, x0: Tensor, noised: Noised) -> Tensor:
     """
     row, column = noised.masked.nonzero(as_tuple=True)
     logits = logits[row, column] if logits.dim() == 3 else logits
-    nats = F.cross_entropy(logits.float(), x0[row, column], reduction="none")  # float32 whatever the model computes in
-    return torch.zeros(len(x0), device=x0.device).index_add(0, row, nats * noised.weight[row])
+    wide = torch.promote_types(logits.dtype, torch.float32)  # whatever the model computes in
+    nats = F.cross_entropy(logits.to(wide), x0[row, column], reduction="none")
+    weight = noised.weight if noised.weight.dim() == 2 else noised.weight[:, None]
+    nats = nats * weight.expand_as(x0)[row, column]
+    return torch.zeros(len(x0), dtype=nats.dtype, device=x0.device).index_add(0, row, nats)
 
 
 def model_bound(model: nn.Module, x0: Tensor, noised: Noised, attn_mask: Tensor | None = None) -> Tensor:

@@ -79,6 +79,7 @@ def check_model(c) -> None:
         check_whole(name, getattr(c, name), 1, limit)
     for name in ("rope_theta", "norm_eps", "router_scale"):
         check_number(name, getattr(c, name), TINY)
+    check_whole("block", c.block, 0)
     check_one_of("router", c.router, ("softmax", "sigmoid"))
     rules = [
         ("pad_id", c.pad_id != c.mask_id, f"an id other than mask_id {c.mask_id}"),
@@ -115,6 +116,14 @@ def check_canvas(x, valid, c) -> None:
         raise BadInput(f"token: expected {expected}, got {strange[0].item()}; use the model's tokenizer")
 
 
+def check_blocks(config, c) -> int:
+    """Return the tokens of a block of the ModelConfig c, 0 for full attention. Raises BadInput for a cache of a
+    SampleConfig that would let a block model see what it cannot."""
+    if c.block and config.cache not in ("none", "block"):
+        raise BadInput(f"cache: expected none or block with a block model, got {config.cache}; leave it out")
+    return c.block
+
+
 def check_ids(name: str, ids: Iterable[int], c) -> list[int]:
     """Return the ids as a list. Raises BadInput unless each is one of the vocabulary and not the mask."""
     if any(not 0 <= i < c.vocab_size or i == c.mask_id for i in ids):
@@ -142,5 +151,7 @@ def check_sampling(config) -> None:
     if config.revise != "none" and config.commit != "quota":
         what = f"commit: expected none beside revise, which brings its own rule, got {config.commit}"
         raise BadInput(f"{what}; leave one of the two out")
+    if config.block:
+        check_whole("block", config.block, 0)
     if config.revise.startswith("wino") and config.cache != "none":
         raise BadInput(f"cache: expected none with revise wino, got {config.cache}; leave one of the two out")

@@ -33,6 +33,7 @@ class ModelConfig:
     d_head: int | None = None  # D; C / H unless given
     d_ff: int = 512  # F
     max_len: int = 4096
+    block: int = 0  # tokens of a block of a block-causal model; 0: every position sees every other one
     embedding_size: int | None = None  # V: rows of the embedding and of the head, padded past vocab_size
     rope_theta: float = 500_000.0
     rotary_dim: int | None = None  # fewer than D: only the first dims of a head turn
@@ -107,6 +108,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)  # times float32 they become float32
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
+
+
+def block_causal(number: Tensor) -> Tensor:
+    """Return which places may look at which, (S,S) bool, from the block that each is in, (S,): at its own block and at
+    those before it. [0, 0, 1] -> [[T, T, F], [T, T, F], [T, T, T]]. With one token in a block this is causal."""
+    return number[None, :] <= number[:, None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:

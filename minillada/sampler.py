@@ -6,31 +6,18 @@ V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .errors import BadInput, check_canvas, check_ids, check_one_of, check_sampling, named
+from .errors import BadInput, check_blocks, check_canvas, check_ids, check_one_of, check_sampling, named
 from .model import ModelConfig
-from .strategies import (
-    CACHES,
-    COMMITS,
-    REVISIONS,
-    SCORES,
-    Ask,
-    Guess,
-    Guided,
-    MaskPredictor,
-    Method,
-    Now,
-    Whole,
-    draw,
-    probability,
-    quick,
-)  # fmt: skip
+from .strategies import CACHES, COMMITS, REVISIONS, SCORES, Ask, BlockCausal, Guess, Guided, MaskPredictor
+
+from .strategies import Method, Now, Whole, draw, probability, quick  # isort: skip
 
 Rows = Sequence[Sequence[int]]
 Device = torch.device | str
@@ -46,10 +33,12 @@ class Canvas:
 
     @classmethod
     def continuation(cls, prompts: Rows, gen_len: int, config: ModelConfig, device: Device = "cpu") -> "Canvas":
-        """Put gen_len holes behind each of several unequal prompts, and padding in front of the shorter ones."""
+        """Put gen_len holes behind each of several unequal prompts, and padding in front of the shorter ones. A block
+        model gets more holes, up to the end of a block, so that all rows end where a block does."""
         if any(config.mask_id in prompt for prompt in prompts):
             raise BadInput(f"prompt: expected no mask id {config.mask_id}, got one; to fill holes use Canvas.infill")
-        return cls.infill([[*prompt, *[config.mask_id] * gen_len] for prompt in prompts], config, device, "left")
+        end = lambda prompt: gen_len + -(len(prompt) + gen_len) % max(1, config.block)
+        return cls.infill([[*prompt, *[config.mask_id] * end(prompt)] for prompt in prompts], config, device, "left")
 
     @classmethod
     def infill(cls, rows: Rows, config: ModelConfig, device: Device = "cpu", padding: str = "right") -> "Canvas":
@@ -71,6 +60,12 @@ class Canvas:
         masked = ([*row[:a], *[config.mask_id] * (b - a), *row[b:]] for row, (a, b) in zip(rows, spans, strict=True))
         return cls.infill(list(masked), config, device)
 
+    def answers(self, x: Tensor, config: "SampleConfig", c: ModelConfig) -> list[list[int]]:
+        """Return what was written behind the prompts of a continuation: its rows x (B,T) from their first hole on."""
+        starts = (self.x == c.mask_id).long().argmax(1).tolist()
+        texts = (row[start:][: config.gen_len] for row, start in zip(x.tolist(), starts, strict=True))
+        return [answer_of(text, config, c) for text in texts]
+
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -86,7 +81,8 @@ class SampleConfig:
     revise: str = "none"  # or a name of REVISIONS, which brings its own rule to commit: "remdm-cap:0.008"
     top_k: int = 0
     top_p: float = 1.0
-    cache: str = "none"  # a name of CACHES: "refresh:50,7,0.25"; all but none are approximations
+    cache: str = "none"  # a name of CACHES: "refresh:50,7,0.25"; all but none and block are approximations
+    block: int | None = None  # tokens of a block, which is a window; None: the model's own; 0: full attention
     banned_ids: tuple[int, ...] = ()  # never written
     ban_eos: bool = False  # never write a stop id (the paper's logits_eos_inf)
     defer_eos: bool = False  # commit stop ids last (confidence_eos_eot_inf)
@@ -104,6 +100,11 @@ def method_of(config: SampleConfig) -> Method:
     """Make the method that a config names; it has seen nothing yet. Raises BadInput."""
     method = named(COMMITS, "commit", config.commit)
     return method if config.revise == "none" else named(REVISIONS, "revise", config.revise)
+
+
+def decoded(c: ModelConfig, config: SampleConfig) -> ModelConfig:
+    """Return a model's config with the blocks in which it is to be decoded."""
+    return c if config.block is None else replace(c, block=config.block)
 
 
 def stop_ids(config: SampleConfig, c: ModelConfig) -> list[int]:
@@ -173,8 +174,8 @@ class Draft:
         self.x, self.held = self.x.masked_fill(there, self.c.mask_id), self.held.masked_fill(there, torch.nan)
         self.revised = self.revised | there
 
-    def write(self, rows: Tensor, window: slice, guess: Guess, commit: Tensor) -> Step:
-        """Write the proposed tokens of the places `commit` (R,W)."""
+    def write(self, rows: Tensor, window: slice, guess: Guess, commit: Tensor, settled: Tensor) -> Step:
+        """Write the proposed tokens of the places `commit` (R,W). In the settled rows (R,) the text may end."""
         asked = ~guess.probability.isnan()
         proposed = self.x.clone()
         proposed[rows, window] = torch.where(asked, guess.tokens, proposed[rows, window])
@@ -183,7 +184,7 @@ class Draft:
         committed = self.on_canvas(rows, window, commit, False)
         self.x, self.held = torch.where(committed, proposed, self.x), torch.where(committed, p, self.held)
         if self.config.stop_at_eos and len(self.stop):
-            self.end_rows()
+            self.end_rows(rows[~settled])
         best = None
         if self.n_rivals:
             top = self.said[commit[asked]].softmax(-1).topk(min(self.n_rivals, self.said.shape[-1]))
@@ -198,10 +199,11 @@ class Draft:
         canvas[rows, window] = values
         return canvas
 
-    def end_rows(self) -> None:
+    def end_rows(self, unsettled: Tensor) -> None:
         """Fill the holes behind a stop id that was written with no hole before it: nobody will read them."""
         hole = self.x == self.c.mask_id
         ended = torch.isin(self.x, self.stop) & ~self.given & (hole.cumsum(1) == 0)
+        ended[unsettled] = False
         self.x = torch.where(hole & (ended.cumsum(1) > 0), self.stop[0], self.x)
 
 
@@ -219,12 +221,14 @@ def stream(model: Model, canvas: Canvas, config: SampleConfig, seed: int = 0, ri
     tokens to report for each place that is committed. Raises BadInput.
     """
     predict = predictor_of(model)
-    draft = Draft(canvas, predict.config, config, seed, rivals)
+    draft = Draft(canvas, decoded(predict.config, config), config, seed, rivals)
+    block = check_blocks(config, draft.c)
+    predict = BlockCausal(predict, block) if block else predict
     predict = named(CACHES, "cache", config.cache)(predict, draft.given)
     if config.cfg_scale:
         predict = Guided(predict, config.cfg_scale, draft.given)
-    windows = method_of(config).windows(~draft.given, config.block_len)
-    steps = max(1, config.steps // max(1, len(windows)))
+    windows = method_of(config).windows(~draft.given, config.block_len, block)
+    steps = -(-config.steps * block // config.gen_len) if block else max(1, config.steps // max(1, len(windows)))
     for window in windows:
         yield from fill(draft, predict, method_of(config), window, steps)
 
@@ -234,8 +238,8 @@ def fill(draft: Draft, predict: Callable[[Ask], Tensor], method: Method, window:
     rows = (draft.x[:, window] == draft.c.mask_id).any(1).nonzero().flatten()  # a row that has ended is not computed
     attn_mask = None if draft.valid[rows].all() else draft.valid[rows][:, None, None, :]
     predict, score = method.wrap(predict), method.score or SCORES[draft.config.remasking]
-    for left in range(steps, 0, -1):
-        now = draft.now(rows, window, left, steps)
+    for left in range(method.steps or steps, 0, -1):
+        now = draft.now(rows, window, left, method.steps or steps)
         if method.done(now).all():
             return
         asked = now.hole if left == 1 else method.ask(now)  # (R,W)
@@ -246,17 +250,17 @@ def fill(draft: Draft, predict: Callable[[Ask], Tensor], method: Method, window:
         if left > 1 and (back := method.revise(now)) is not None:
             draft.take_back(rows, window, back)
         if len(row):
-            yield draft.write(rows, window, guess, asked if left == 1 else method.commit(now, guess))
+            commit = asked if left == 1 else method.commit(now, guess)
+            yield draft.write(rows, window, guess, commit, method.settled(now))
 
 
 def generate(model: Model, prompts: Rows, config: SampleConfig | None = None, seed: int = 0) -> list[list[int]]:
     """Return the new tokens after each of several unequal prompts: gen_len, or those before the first stop id."""
     config, predict = config or SampleConfig(), predictor_of(model)
-    canvas = Canvas.continuation(prompts, config.gen_len, predict.config, predict.device)
+    canvas = Canvas.continuation(prompts, config.gen_len, decoded(predict.config, config), predict.device)
     for step in stream(predict, canvas, config, seed):  # noqa: B007 the last one is the answer
         pass
-    answers = step.x[:, -config.gen_len :].tolist()
-    return [answer_of(answer, config, predict.config) for answer in answers]
+    return canvas.answers(step.x, config, predict.config)
 
 
 def answer_of(tokens: list[int], config: SampleConfig, c: ModelConfig) -> list[int]:

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
-from .model import KVCache, ModelConfig
+from .model import KVCache, ModelConfig, block_causal
 
 # ---- ask: a mask predictor turns one question into logits ------------------------------------------------------------
 
@@ -71,6 +71,25 @@ class Guided:
         )
         conditional, unconditional = self.predict(both).chunk(2)  # (N,V) each
         return conditional + self.scale * (conditional - unconditional)
+
+
+class BlockCausal:
+    """Ask about the blocks up to the window's end. Every place sees its own block and those before it, so what has been
+    written changes nothing before it (arXiv:2503.09573)."""
+
+    def __init__(self, predict: MaskPredictor, block: int) -> None:
+        self.predict, self.block = predict, block
+        self.config, self.device = predict.config, predict.device
+
+    def seen(self, ask: Ask) -> Tensor:
+        """Return who may look at whom, (T,T) or (R,1,T,T). Padding sees itself: a softmax over nothing is NaN."""
+        positions = torch.arange(ask.x.shape[1], device=ask.x.device) if ask.positions is None else ask.positions
+        look = block_causal(positions // self.block)
+        return look if ask.attn_mask is None else look & ask.attn_mask | torch.eye(len(look), device=look.device).bool()
+
+    def __call__(self, ask: Ask) -> Tensor:
+        stop = ask.window.stop
+        return self.predict(ask._replace(x=ask.x[:, :stop], attn_mask=self.seen(ask)[..., :stop, :stop]))
 
 
 # ---- draw: logits (N,V) -> tokens (N,) -------------------------------------------------------------------------------
@@ -176,13 +195,15 @@ class Method:
     """
 
     score: Score | None = None  # what the rule goes by, in place of the score that `remasking` names
+    steps: int | None = None  # evaluations for a window; None: its share of the config's
 
-    def windows(self, hole: Tensor, width: int) -> list[slice]:
-        """Cut the columns from the first to the last hole of the batch (B,T) into windows; the last may be narrower."""
-        columns = hole.any(0).nonzero().flatten().tolist()
-        if not columns:
-            return []
-        return [slice(a, min(a + width, columns[-1] + 1)) for a in range(columns[0], columns[-1] + 1, width)]
+    def windows(self, hole: Tensor, width: int, block: int = 0) -> list[slice]:
+        """Cut the columns from the first to the last hole of the batch (B,T) into windows; the last may be narrower.
+        The windows of a block model are its blocks, counted from the first column."""
+        columns = hole.any(0).nonzero().flatten().tolist() or [0, -1]
+        first, last, width = columns[0], columns[-1], block or width
+        start, stop = (first - first % block, hole.shape[1]) if block else (first, last + 1)
+        return [slice(a, min(a + width, stop)) for a in range(start, last + 1, width)]
 
     def wrap(self, predict: Callable[[Ask], Tensor]) -> Callable[[Ask], Tensor]:
         """Return the predictor to ask; a method that needs to see its logits wraps it."""
@@ -193,7 +214,7 @@ class Method:
         return now.hole
 
     def commit(self, now: Now, guess: Guess) -> Tensor:
-        """Return the places to write, (R,W) bool."""
+        """Return the places to write, (R,W) bool: holes, or tokens of ours that are to be overwritten."""
         return guess.score > -torch.inf
 
     def revise(self, now: Now) -> Tensor | None:
@@ -203,6 +224,10 @@ class Method:
     def done(self, now: Now) -> Tensor:
         """Return which rows need no further step, (R,) bool. Who takes tokens back goes on to the last step."""
         return ~now.hole.any(1) & (type(self).revise is Method.revise)
+
+    def settled(self, now: Now) -> Tensor:
+        """Return in which rows an end of text that was written counts from this step on, (R,) bool."""
+        return torch.ones_like(now.hole[:, 0])
 
 
 class Quota(Method):

@@ -85,6 +85,7 @@ class Question(NamedTuple):
     canvas: Canvas
     config: SampleConfig
     n_prompt: int = 0  # tokens in front of an answer
+    stop: int | None = None  # the column behind it; a block model writes to the end of a block
     start: int = 0  # the first column to show
 
 
@@ -158,8 +159,7 @@ def answer_file(args: argparse.Namespace, talker: Talker) -> None:
             for step in stream(talker.model, canvas, config, args.seed):  # noqa: B007 the last one has the answers
                 bar.update()
             nfe += step.nfe
-            for text, row in zip(texts[now], step.x[:, -config.gen_len :].tolist(), strict=True):
-                new = answer_of(row, config, talker.model.config)
+            for text, new in zip(texts[now], canvas.answers(step.x, config, talker.model.config), strict=True):
                 written += len(new)
                 bar.write(json.dumps({"prompt": text, "answer": talker.tokenizer.decode(new)}), file=out)
                 out.flush()
@@ -212,7 +212,7 @@ def to_write(args: argparse.Namespace, talker: Talker, prompt: list[int], start:
     """Put holes behind a prompt; show the columns from `start` on. Raises BadInput."""
     config, model = talker.config(args, len(prompt)), talker.model
     canvas = Canvas.continuation([prompt], config.gen_len, model.config, next(model.parameters()).device)
-    return Question(canvas, config, len(prompt), start)
+    return Question(canvas, config, len(prompt), len(prompt) + config.gen_len, start)
 
 
 def to_fill(args: argparse.Namespace, talker: Talker, what: str, text: str) -> Question:
@@ -228,7 +228,7 @@ def to_fill(args: argparse.Namespace, talker: Talker, what: str, text: str) -> Q
     width, model = holes[-1] + 1 - holes[0], talker.model
     whole = {"gen_len": width, "block_len": width, "ban_eos": True, "stop_at_eos": False}
     canvas = Canvas.infill([row], model.config, next(model.parameters()).device)
-    return Question(canvas, talker.config(args, len(row) - width, **whole), 0, len(talker.begin))
+    return Question(canvas, talker.config(args, len(row) - width, **whole), start=len(talker.begin))
 
 
 def show(args: argparse.Namespace, talker: Talker, asked: Question, steps: Iterable[Step]) -> list[int]:
@@ -249,7 +249,7 @@ def show(args: argparse.Namespace, talker: Talker, asked: Question, steps: Itera
         save(Trace.record(seen, talker.tokenizer, start=asked.start), form, getattr(args, form))
         tell(f"{form} written to {getattr(args, form)}")
     row = seen[-1].x[0].tolist()
-    new = answer_of(row[asked.n_prompt :], asked.config, talker.model.config)
+    new = answer_of(row[asked.n_prompt : asked.stop], asked.config, talker.model.config)
     if args.quiet:
         print(display(talker.tokenizer.decode((row[: asked.n_prompt] + new)[asked.start :])))
     return new

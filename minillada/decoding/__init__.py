@@ -5,11 +5,13 @@ method, write one file, which imports the course alone, and name it here.
 """
 
 from . import (  # noqa: F401
+    blocks,  # an exact cache for block models
     entropy_bound,  # EB: commit together what is nearly certain
     exact,  # ancestral, first-hitting: samples of the model's own distribution
     fast_dllm,  # threshold, factor; prefix and dual cache
     fast_draw,  # tokens drawn with few random numbers
     klass,  # commit what is sure and steady
+    llada2,  # LLaDA2.0 and 2.1: what is sure, block by block; edits
     narrow,  # no queries that nobody asks for
     random_remask,  # take back by chance
     refresh,  # dLLM-Cache: compute again what has probably changed

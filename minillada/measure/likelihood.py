@@ -6,7 +6,7 @@ Shapes: N pairs, B rows of a batch, T sequence, L answer, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import torch
@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..diffusion import Noised, exact_count, model_bound, sample_t
+from ..diffusion import Noised, model_bound, sample_t
 from ..errors import BadInput, check_number, check_whole
 from ..strategies import Ask, Guided, Whole
 from ..text.tokenizer import Tokenizer
+from .blocks import attention, bound, noise_blocks
 
 Ids = Sequence[int]
 Pair = tuple[Ids, Ids]  # prompt, answer
@@ -41,12 +42,9 @@ def towards(given: Tensor, model: nn.Module, cfg_scale: float) -> Callable[..., 
     if not cfg_scale:
         return model
     guided, rows = Guided(Whole(model), cfg_scale, given), torch.arange(len(given), device=given.device)
-    return lambda x, attn_mask, where: guided(Ask(x, where, slice(0, x.shape[1]), rows, attn_mask))
-
-
-def attention(valid: Tensor) -> Tensor | None:
-    """Return the attn_mask (B,1,1,T) that hides what is not valid (B,T), or None if everything is valid."""
-    return None if valid.all() else valid[:, None, None, :]
+    return lambda x, attn_mask, where, positions=None: guided(
+        Ask(x, where, slice(0, x.shape[1]), rows, attn_mask, positions)
+    )
 
 
 def padded(pairs: Sequence[Pair], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,13 +56,14 @@ def padded(pairs: Sequence[Pair], device: torch.device) -> tuple[Tensor, Tensor,
 
 
 def noised_rows(model: nn.Module, pairs: Pairs, n_samples: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
-    """Yield every pair n_samples times as (x0, given, xt, masked, weight); the numbers of masks are stratified."""
-    rng = Generator().manual_seed(seed)
+    """Yield every pair n_samples times as (x0, given, xt, masked, weight), (T,) each; the numbers of masks are
+    stratified, and in all blocks of a row alike, so that rows stay strata in order."""
+    rng, c = Generator().manual_seed(seed), model.config
     for prompt, answer in pairs:
         check_pair(model, prompt, answer)
         x0 = torch.tensor([[*prompt, *answer]]).expand(n_samples, -1)
         maskable = (torch.arange(x0.shape[1]) >= len(prompt)).expand_as(x0)
-        noised = exact_count(x0, model.config.mask_id, sample_t(n_samples, rng), rng, maskable)
+        noised = noise_blocks(x0, c.mask_id, sample_t(n_samples, rng)[:, None], rng, c.block, maskable)
         yield from zip(x0, ~maskable, *noised, strict=True)
 
 
@@ -91,9 +90,9 @@ def log_likelihoods(
     while batch := list(islice(rows, batch_size)):
         x0, given, xt, masked, weight = zip(*batch, strict=True)
         valid = pad_sequence([torch.ones_like(m) for m in masked], True).to(device)
-        x0, given, xt, masked = (pad_sequence(rows, True).to(device) for rows in (x0, given, xt, masked))
-        noised = Noised(xt, masked, torch.stack(weight).to(device))
-        bounds.append(model_bound(towards(given, model, cfg_scale), x0, noised, attention(valid)).cpu())
+        x0, given, *noised = (pad_sequence(rows, True).to(device) for rows in (x0, given, xt, masked, weight))
+        guided, block = towards(given, model, cfg_scale), model.config.block
+        bounds.append(bound(guided, x0, Noised(*noised), attention(valid), block).cpu())
     samples = -torch.cat(bounds).double().view(-1, n_samples)  # (N,n_samples): rows come pair by pair
     return samples.mean(1), standard_error(samples)
 
@@ -108,20 +107,26 @@ def log_likelihood(
 @torch.no_grad()
 def exact_bound(model: nn.Module, prompt: Ids, answer: Ids, batch_size: int = 256, cfg_scale: float = 0.0) -> float:
     """Compute the upper bound of -log p(answer | prompt) in nats without sampling, from all 2^L - 1 masks (L <= 16):
-    the sum of CE(S) / (|S| * C(L, |S|)) over the non-empty sets S of masked positions. Raises BadInput."""
+    the sum of CE(S) / (|S| * C(L, |S|)) over the non-empty sets S of masked positions. Of a block model, the sum of its
+    blocks' bounds, L tokens of the answer in each, given the clean blocks before. Raises BadInput."""
     check_pair(model, prompt, answer)
-    length = len(answer)
-    if length > 16:
-        raise BadInput(f"answer: expected at most 16 tokens to enumerate, got {length}; use log_likelihood")
-    device, total = next(model.parameters()).device, 0.0
-    x0, given, _ = padded([(prompt, answer)], device)  # (1,T) each
-    for sets in torch.arange(1, 2**length).split(batch_size):
-        chosen = (sets[:, None] >> torch.arange(length)) & 1 == 1  # (B,L)
-        weight = torch.tensor([1 / (m * math.comb(length, m)) for m in chosen.sum(1).tolist()])
-        masked = F.pad(chosen, (len(prompt), 0)).to(device)
-        rows, held = x0.expand(len(sets), -1), given.expand(len(sets), -1)
-        noised = Noised(rows.masked_fill(masked, model.config.mask_id), masked, weight.to(device))
-        total += model_bound(towards(held, model, cfg_scale), rows, noised).double().sum().item()
+    some, total, block = next(model.parameters()), 0.0, model.config.block
+    device, wide = some.device, torch.promote_types(some.dtype, torch.float32)
+    x0, given, valid = padded([(prompt, answer)], device)  # (1,T) each
+    cuts = range(0, x0.shape[1], block) if block else [0]
+    for start, stop in pairwise([*(max(cut, len(prompt)) for cut in cuts), x0.shape[1]]):
+        if (length := stop - start) > 16:
+            raise BadInput(f"answer: expected at most 16 tokens to enumerate, got {length}; use log_likelihood")
+        look = attention(valid[:, :stop], block)
+        for sets in torch.arange(1, 2**length).split(batch_size):
+            chosen = (sets[:, None] >> torch.arange(length)) & 1 == 1  # (B,L)
+            weights = [1 / (m * math.comb(length, m)) for m in chosen.sum(1).tolist()]
+            masked = F.pad(chosen, (start, 0)).to(device)
+            rows, held = x0[:, :stop].expand(len(sets), -1), given[:, :stop].expand(len(sets), -1)
+            weight = torch.tensor(weights, dtype=wide, device=device)
+            noised = Noised(rows.masked_fill(masked, model.config.mask_id), masked, weight)
+            looks = look if look is None else look.expand(len(sets), -1, -1, -1)
+            total += model_bound(towards(held, model, cfg_scale), rows, noised, looks).double().sum().item()
     return total
 
 
@@ -187,7 +192,8 @@ def confidence_scores(
     where the model gives the answer's own token the highest log-probability, and adds that to the score.
 
     Returns the scores (N,), to rank the options of a question by, and greedy (N,) bool: whether low-confidence
-    remasking at temperature 0, a token per step in one window, would write the answer. The order is chosen with the
+    remasking at temperature 0, a token per step in one window, would write the answer. A block model fills block by
+    block. The order is chosen with the
     answer in view, so a score is no bound. It is our reading of iLLaDA's "confidence-based scoring" for multiple choice
     (arXiv:2606.25331), whose code is not public.
     """
@@ -201,10 +207,14 @@ def confidence_scores(
         total = torch.zeros(len(batch), dtype=torch.double, device=device)
         sure = torch.ones(len(batch), dtype=torch.bool, device=device)
         while hole.any():
-            x, where, left = x0.masked_fill(hole, c.mask_id), hole.nonzero(as_tuple=True), hole.any(1)
-            log_p = denoise(x, attn_mask=attention(valid), where=where).float().log_softmax(-1)  # (n,V)
+            x, left, now = x0.masked_fill(hole, c.mask_id), hole.any(1), hole
+            if c.block:
+                number = (torch.arange(hole.shape[1], device=device) // c.block).expand_as(hole)
+                now = hole & (number == number.where(hole, number.max() + 1).amin(1, keepdim=True))
+            where = now.nonzero(as_tuple=True)
+            log_p = denoise(x, attn_mask=attention(valid, c.block), where=where).float().log_softmax(-1)  # (n,V)
             own, best = torch.full((2, *hole.shape), -torch.inf, device=device)  # (B,T) each
-            own[where] = log_p.gather(-1, x0[hole][:, None]).squeeze(-1)
+            own[where] = log_p.gather(-1, x0[now][:, None]).squeeze(-1)
             log_p[:, c.mask_id], log_p[:, c.vocab_size :] = -torch.inf, -torch.inf  # never written
             best[where] = log_p.amax(-1)
             surest, column = own.max(1)

@@ -115,12 +115,15 @@ class TrainConfig(RunConfig):
     tokenizer: str | None = None  # characters | bytes | bpe:SIZE
     length: int | None = None  # tokens of context
     rows: str | None = None  # windows (of the whole text) | documents (one in each row, with its end of text)
+    block: int | None = None  # tokens of a block of a block-causal model; None: that of `start`, or 0: no blocks
+    start: str | None = None  # the run or model directory to go on from, with its tokenizer; None: a new model
     bias_rate: float = 0.0  # what a sigmoid router's biases move by in each step; then leave balance out
 
     def recipe(self) -> dict:
         check_one_of("preset", self.preset, [name for name in PRESETS if "train" in PRESETS[name]])
         preset, known = PRESETS[self.preset], corpus(self.data)
         common = {"optimizer": "muon", "lr": 0.01, "adam_lr": 0.003, "rows": "windows", "sampling": known.sampling}
+        common |= {"lr": 0.003, "adam_lr": 0.0009} if self.start else {}  # a trained model needs smaller steps
         own = known.train if (self.preset, self.tokenizer, self.length) == ("tiny", None, None) else {}
         return {**common, "model": preset["model"], **preset["train"], **own}
 
@@ -128,6 +131,12 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         if not isinstance(self.data, str):
             object.__setattr__(self, "data", tuple(map(str, self.data)))
+        if self.block is not None:
+            check_whole("block", self.block, 0, self.length)
+            if self.block and self.length % self.block:
+                raise BadInput(
+                    f"block: expected a divisor of the length {self.length}, got {self.block}; change either"
+                )
         if self.bias_rate and self.model.get("router") != "sigmoid":
             raise BadInput(f"bias_rate: expected 0 without a sigmoid router, got {self.bias_rate}; use balance")
 
@@ -195,7 +204,8 @@ def config_of(document: dict) -> RunConfig:
         raise BadInput(f"{what}, got version {version!r} and {objective!r}; {fix}")
     kind = CONFIGS[objective]
     del fields["version"], fields["objective"]
-    later = {"sampling": {}} | ({"rows": "windows"} if kind is TrainConfig else {})  # what older runs do not have
+    later = {"sampling": {}}  # what older runs do not have
+    later |= {"rows": "windows", "block": None, "start": None} if kind is TrainConfig else {}
     fields = later | fields
     if others := fields.keys() ^ {field.name for field in dataclasses.fields(kind)}:
         what = f"run.json: expected the fields of {kind.__name__}"

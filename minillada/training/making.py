@@ -47,7 +47,8 @@ class Made(NamedTuple):
 def make_model(config: TrainConfig, tokenizer: Tokenizer, rng: Generator) -> LLaDA:
     """Return a new model with random weights."""
     ids = {"mask_id": tokenizer.mask_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    model = LLaDA(ModelConfig(vocab_size=tokenizer.vocab_size, max_len=config.length, **ids, **config.model))
+    own = {"vocab_size": tokenizer.vocab_size, "max_len": config.length, "block": config.block or 0}
+    model = LLaDA(ModelConfig(**own, **ids, **config.model))
     model.init_weights(rng)
     return model
 
@@ -92,20 +93,23 @@ def begin_model(config: RunConfig, tokenizer: Tokenizer, rng: Generator, newest:
         if saved:
             adapters(model).load_state_dict({n: saved[f"adapters.{n}"] for n in adapters(model).state_dict()})
         return model
-    if newest is None and isinstance(config, TrainConfig):
+    if newest is None and isinstance(config, TrainConfig) and config.start is None:
         return make_model(config, tokenizer, rng)
-    return load(newest or config.start, "cpu", torch.float32)[0]
+    model = load(newest or config.start, "cpu", torch.float32)[0]
+    if isinstance(config, TrainConfig) and config.block is not None:  # weights know of no blocks, and of no length
+        model.config = replace(model.config, block=config.block, max_len=max(model.config.max_len, config.length))
+    return model
 
 
 def begin_objective(config: RunConfig, text: Tokens, c: ModelConfig) -> Objective:
     """Return what a config asks to learn, balanced if there are experts."""
     if isinstance(config, TrainConfig):
-        objective = TextPretraining(text, config, c.mask_id, c.eos_id)
+        objective = TextPretraining(text, config, c.mask_id, c.eos_id, c.block)
     elif isinstance(config, SFTConfig):
         objective = SFT(text, config, c)
     else:
         whole = lambda: load(config.start, config.device, torch.float32)[0].requires_grad_(False)
-        objective = VRPO(text, config, c.mask_id, None if config.lora else whole())
+        objective = VRPO(text, config, c.mask_id, None if config.lora else whole(), block=c.block)
     return Balanced(objective, config) if c.n_expert else objective
 
 
@@ -121,7 +125,8 @@ def make(config: RunConfig, newest: Path | None = None, saved: dict | None = Non
     precision, notices = choose_precision(config)
     config = replace(config, precision=precision)
     if isinstance(config, TrainConfig):
-        saves = in_turn(lambda: Tokenizer.load(newest) if newest else make_tokenizer(config.tokenizer, config.data))
+        begins = newest or (config.start and check(config.start).directory)
+        saves = in_turn(lambda: Tokenizer.load(begins) if begins else make_tokenizer(config.tokenizer, config.data))
         text = in_turn(lambda: tokenise(config.data, saves, cache_dir() / "tokens", config.length))
         if config.rows == "documents":
             with together():

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from ..diffusion import PROCESSES, Noised, exact_count, model_bound, pretraining_loss, sample_t
+from ..diffusion import PROCESSES, Noised, pretraining_loss, sample_t
+from ..measure.blocks import block_levels, bound, noise_blocks
 from ..text.ids import Tokens, batches, document_batches, document_rows, validation_batch, whole_documents
 from ..text.tokenizer import Tokenizer
 from ..train import Pretraining
@@ -38,7 +39,9 @@ def losses_by_part(loss: Callable, model: nn.Module, x0: Tensor, noised: Noised,
 class TextPretraining(Pretraining):
     """Predict the hidden tokens of a text."""
 
-    def __init__(self, text: Tokens, config: TrainConfig, mask_id: int, eos_id: int | None = None) -> None:
+    def __init__(
+        self, text: Tokens, config: TrainConfig, mask_id: int, eos_id: int | None = None, block: int = 0
+    ) -> None:
         size = config.batch_size, config.length, config.seed
         if config.rows == "documents":
             train, val = (whole_documents(tokens, eos_id) for tokens in (text.train, text.val))
@@ -47,7 +50,7 @@ class TextPretraining(Pretraining):
         else:
             draw, held = partial(batches, text.train, *size), validation_batch(text.val, 128, config.length)
         super().__init__(draw, held, mask_id, PROCESSES[config.process])
-        self.text, self.config = text, config
+        self.text, self.config, self.block = text, config, block
         self.given = int(config.rows == "documents")  # columns that are never hidden: the end of text in front
 
     def maskable(self, x0: Tensor) -> Tensor | None:
@@ -55,20 +58,26 @@ class TextPretraining(Pretraining):
         return (torch.arange(x0.shape[1]) >= self.given).expand_as(x0) if self.given else None
 
     def noise(self, x0: Tensor, rng: Generator) -> tuple[Tensor, Noised]:
-        if not self.given:
+        if not (self.given or self.block):
             return super().noise(x0, rng)
-        return x0, self.process(x0, self.mask_id, sample_t(len(x0), rng), rng, self.maskable(x0))
+        t = block_levels(x0, self.block, rng)
+        return x0, noise_blocks(x0, self.mask_id, t, rng, self.block, self.maskable(x0), self.process)
 
     def held_noise(self) -> tuple[Tensor, Noised]:
-        if not self.given:
+        if not (self.given or self.block):
             return super().held_noise()
         rng, x0 = Generator().manual_seed(0), self.held.repeat_interleave(2, dim=0)
-        levels = torch.cat([sample_t(2, rng) for _ in self.held])
-        return x0, exact_count(x0, self.mask_id, levels, rng, self.maskable(x0))
+        levels = torch.cat([sample_t(2, rng) for _ in self.held])[:, None]
+        return x0, noise_blocks(x0, self.mask_id, levels, rng, self.block, self.maskable(x0))
+
+    def block_loss(self, model: nn.Module, x0: Tensor, noised: Noised) -> Tensor:
+        """Do what `pretraining_loss` does, for a block model."""
+        return bound(model, x0, noised, block=self.block).mean() / x0.shape[1]
 
     def losses(self, model: nn.Module, batch: Tensor, rng: Generator) -> Iterator[Tensor]:
         """Yield this process's parts of the bound in nats per token."""
-        yield from losses_by_part(pretraining_loss, model, *self.noise(batch, rng), self.config)
+        loss = self.block_loss if self.block else pretraining_loss
+        yield from losses_by_part(loss, model, *self.noise(batch, rng), self.config)
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict:
@@ -79,18 +88,21 @@ class TextPretraining(Pretraining):
         (mine,) = share(len(x0))
         for rows in mine.split(32):
             with evaluation(self.config):
-                bounds[rows] = model_bound(model, *part_of(x0, noised, rows, self.config)).cpu()
+                bounds[rows] = bound(model, *part_of(x0, noised, rows, self.config), block=self.block).cpu()
         bounds = reduce(bounds).double()  # (2n,), of all processes
         nats = bounds.view(-1, 2).mean(1).mean().item()  # of a window
-        return {"bound": nats / x0.shape[1] / self.text.characters_per_token, "levels": by_level(bounds, noised)}
+        return {
+            "bound": nats / x0.shape[1] / self.text.characters_per_token,
+            "levels": [] if self.block else by_level(bounds, noised),
+        }
 
 
 def by_level(bounds: Tensor, noised: Noised) -> list[tuple[float, float]]:
     """Return (t, nats per masked token) at the middle of each bin of levels that has rows, from the bounds of rows."""
     count = noised.masked.sum(1)
     bins = (count * LEVELS - 1) // noised.masked.shape[1]  # masking level (0, 0.1] is bin 0
-    zeros = torch.zeros(LEVELS).double()
-    nats, tokens = (zeros.index_add(0, bins, x.double()) for x in (bounds / noised.weight, count))
+    zeros, weight = torch.zeros(LEVELS).double(), noised.weight.view(len(bounds), -1)[:, 0]
+    nats, tokens = (zeros.index_add(0, bins, x.double()) for x in (bounds / weight, count))
     return [((i + 0.5) / LEVELS, (nats[i] / tokens[i]).item()) for i in range(LEVELS) if tokens[i]]
 
 

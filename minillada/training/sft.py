@@ -13,6 +13,7 @@ Shapes: B rows, T sequence.
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -21,9 +22,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..diffusion import PROCESSES, Noised, lengths, model_bound, sample_t
+from ..diffusion import PROCESSES, Noised, lengths
 from ..errors import BadInput, BadLuck
-from ..measure.likelihood import Pair, attention, log_likelihoods
+from ..measure.blocks import attention, block_levels, bound, noise_blocks
+from ..measure.likelihood import Pair, log_likelihoods
 from ..model import ModelConfig
 from ..text.chat import MARKERS, ROLES, ChatTemplate, Message
 from ..text.corpora import records
@@ -140,17 +142,18 @@ def stack(pairs: Sequence[Pair], fill: int) -> tuple[Tensor, Tensor]:
 
 def per_answer(noised: Noised, maskable: Tensor) -> Noised:
     """Return noise with weights that make `row_loss` SFT's loss: a mean over rows, of sums over an answer's length."""
-    return noised._replace(weight=noised.weight * maskable.shape[1] / lengths(maskable, maskable))
+    return noised._replace(weight=noised.weight * maskable.shape[1] / lengths(maskable, maskable)[:, None])
 
 
-def row_bounds(model: nn.Module, x0: Tensor, noised: Noised) -> Tensor:
+def row_bounds(model: nn.Module, x0: Tensor, noised: Noised, block: int) -> Tensor:
     """Return the bound of every row (B,) in nats. PADDING is hidden from attention; any id stands in for it."""
-    return model_bound(model, x0, noised._replace(xt=noised.xt.clamp(min=0)), attention(x0 != PADDING))
+    seen = noised._replace(xt=noised.xt.clamp(min=0))
+    return bound(model, x0.clamp(min=0), seen, attention(x0 != PADDING), block)
 
 
-def row_loss(model: nn.Module, x0: Tensor, noised: Noised) -> Tensor:
+def row_loss(model: nn.Module, x0: Tensor, noised: Noised, block: int) -> Tensor:
     """Do what `pretraining_loss` does, for rows with PADDING."""
-    return row_bounds(model, x0, noised).mean() / x0.shape[1]
+    return row_bounds(model, x0, noised, block).mean() / x0.shape[1]
 
 
 def item_batches(items: Items, config: TunedConfig, start: int) -> Iterator[list[tuple[Item, float]]]:
@@ -164,7 +167,7 @@ class SFT:
     """Predict the hidden tokens of answers."""
 
     def __init__(self, items: Items, config: SFTConfig, c: ModelConfig) -> None:
-        self.items, self.config, self.mask_id = items, config, c.mask_id
+        self.items, self.config, self.mask_id, self.block = items, config, c.mask_id, c.block
         self.fill = c.eos_id if config.eos_padding else PADDING
         self.numbers: dict = {}
 
@@ -176,12 +179,13 @@ class SFT:
     def noise(self, batch: list[Pair], rng: Generator) -> tuple[Tensor, Noised]:
         """Return x0 (B,T) and its noise, weighed for SFT."""
         x0, maskable = stack(batch, self.fill)
-        noised = PROCESSES[self.config.process](x0, self.mask_id, sample_t(len(x0), rng), rng, maskable)
-        return x0, per_answer(noised, maskable)
+        t, process = block_levels(x0, self.block, rng), PROCESSES[self.config.process]
+        return x0, per_answer(noise_blocks(x0, self.mask_id, t, rng, self.block, maskable, process), maskable)
 
     def losses(self, model: nn.Module, batch: list[Pair], rng: Generator) -> Iterator[Tensor]:
         """Yield this process's parts of the bound, in nats per token of an answer."""
-        yield from losses_by_part(row_loss, model, *self.noise(batch, rng), self.config)
+        loss = partial(row_loss, block=self.block)
+        yield from losses_by_part(loss, model, *self.noise(batch, rng), self.config)
 
     def validate(self, model: nn.Module) -> dict:
         """Return {"bound": nats per character} of 128 held-out answers at most, with 2 masks each, always the same."""

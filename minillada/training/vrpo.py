@@ -21,6 +21,7 @@ from torch import Generator, Tensor, nn
 from torch.distributed import ReduceOp
 
 from ..diffusion import PROCESSES, Noised, sample_t
+from ..measure.blocks import noise_blocks
 from .config import VRPOConfig
 from .distributed import reduce, share, shares
 from .lora import without_adapters
@@ -67,9 +68,10 @@ class VRPO:
     False: independent, as LLaDA 1.5 has them."""
 
     def __init__(
-        self, items: Items, config: VRPOConfig, mask_id: int, reference: nn.Module | None, stratified: bool = True
-    ) -> None:
-        self.items, self.config, self.mask_id = items, config, mask_id
+        self, items: Items, config: VRPOConfig, mask_id: int, reference: nn.Module | None, stratified: bool = True,
+        block: int = 0,
+    ) -> None:  # fmt: skip
+        self.items, self.config, self.mask_id, self.block = items, config, mask_id, block
         self.reference, self.stratified = reference, stratified
         self.numbers: dict = {}
 
@@ -87,7 +89,7 @@ class VRPO:
         def noise() -> Noised:
             t = torch.stack([sample_t(config.samples, rng, self.stratified) for _ in rows])
             t = t.repeat_interleave(config.masks, 1).flatten()  # (B,)
-            return PROCESSES[config.process](x0, self.mask_id, t, rng, maskable)
+            return noise_blocks(x0, self.mask_id, t[:, None], rng, self.block, maskable, PROCESSES[config.process])
 
         noised = noise()
         return Drawn(x0, noised, noised if config.shared else noise(), answers.sum(1)[::2])
@@ -98,9 +100,11 @@ class VRPO:
         rows = (pairs[:, None] * 2 * n + torch.arange(2 * n)).flatten()
         own = without_adapters(model) if self.reference is None else nullcontext()
         with torch.no_grad(), own, evaluation(self.config):
-            theirs = row_bounds(self.reference or model, *part_of(drawn.x0, drawn.theirs, rows, self.config))
+            theirs = row_bounds(
+                self.reference or model, *part_of(drawn.x0, drawn.theirs, rows, self.config), self.block
+            )
         with evaluation(self.config):
-            ours = row_bounds(model, *part_of(drawn.x0, drawn.noised, rows, self.config))
+            ours = row_bounds(model, *part_of(drawn.x0, drawn.noised, rows, self.config), self.block)
         return ours.view(-1, 2, n), theirs.view(-1, 2, n)
 
     def losses(self, model: nn.Module, batch: list[Item], rng: Generator) -> Iterator[Tensor]:

@@ -144,7 +144,7 @@ def derive_llada2(values: dict, found: dict) -> dict:
     turned, told = partial_rotary(values, found), values["rotary_dim"]
     expect(told in (None, turned), "rotary_dim", f"the {turned} of partial_rotary_factor", told)
     experts = {"router": "sigmoid", "dense_layers": list(range(dense)), "d_shared_expert": shared * found["d_expert"]}
-    return {**experts, "rotary_dim": turned}
+    return {**experts, "rotary_dim": turned, "block": 32}  # no key tells it; all published ones have this
 
 
 LLADA2 = Scheme(  # LLaDA2.x: fused query, key and value; a router with a bias; an expert that every token visits
