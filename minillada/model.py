@@ -8,14 +8,19 @@ Shapes: B batch, T sequence, S keys, H heads, D head width, C model width, F fee
 E experts.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import check_model
+
+# of attention on a GPU; not cuDNN's, which makes a plan for every new shape, and sampling has many shapes
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
     if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16 and attn_mask is None:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=k.shape[1] < q.shape[1])
+    with sdpa_kernel(KERNELS) if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=k.shape[1] < q.shape[1])
 
 
 class Attention(nn.Module):
@@ -213,19 +219,19 @@ class MoE(nn.Module):
         return weights * c.router_scale, experts
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # (N,C)
+        flat, k = x.reshape(-1, x.shape[-1]), self.c.n_expert_active  # (N,C)
         weights, experts = self.route(self.router(flat))
-        order = experts.flatten().argsort(stable=True)  # the N*K visits, sorted by expert
-        token = order // self.c.n_expert_active
-        ends = experts.flatten().bincount(minlength=self.c.n_expert).cumsum(0).int()  # where each expert's rows end
+        chosen, order = experts.flatten().sort(stable=True)  # the N*K visits, sorted by expert
+        each = torch.arange(self.c.n_expert, device=x.device)  # bincount would wait for a GPU
+        ends = torch.searchsorted(chosen, each, right=True, out_int32=True)  # where each expert's rows end
         gate, device = self.gate, x.device.type
         # autocast does not know grouped_mm, so the experts see to their precision themselves
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gate.dtype
-        visits = flat.to(dtype).index_select(0, token)  # (N*K,C); backward it is faster than flat[token]
+        visits = flat.to(dtype).repeat_interleave(k, 0).index_select(0, order)  # (N*K,C)
         hidden = F.silu(grouped(visits, gate, ends)) * grouped(visits, self.up, ends)
         hidden = hidden * weights.flatten()[order, None].to(dtype)  # before `down`, where rows are F wide and not C
-        out = grouped(hidden, self.down, ends).to(flat.dtype)
-        y = torch.zeros_like(flat).index_add_(0, token, out).view_as(x)
+        out = grouped(hidden, self.down, ends).to(flat.dtype).index_select(0, order.argsort())  # by token again
+        y = out.unflatten(0, experts.shape).sum(1).view_as(x)  # always in the same order, unlike index_add on a GPU
         return y if self.shared is None else y + self.shared(x)
 
 
@@ -289,13 +295,9 @@ class LLaDA(nn.Module):
                 nn.init.normal_(p, std=scale * p.shape[-1] ** -0.5, generator=rng)
 
     def forward(
-        self,
-        tokens: Tensor,
-        attn_mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        where: tuple[Tensor, Tensor] | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
+        self, tokens: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None,
+        where: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return the logits of every position of tokens (B,T) long: (B,T,V), or (N,V) for the places `where` alone.
 
         attn_mask: bool, broadcastable to (B,1,T,S), True = may look; None = everyone looks at everyone.
@@ -304,8 +306,7 @@ class LLaDA(nn.Module):
         cache: keys and values of an earlier evaluation; `positions` (T,) then say which slots these tokens renew.
         """
         x = self.embed(tokens)  # (B,T,C)
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
         around = Around(rotary_angles(positions, self.config, x.dtype), positions, attn_mask, cache)
         for layer in self.layers[:-1]:
             x = layer(x, around)

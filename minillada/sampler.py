@@ -15,22 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .errors import BadInput, check_canvas, check_ids, check_one_of, check_sampling, named
 from .model import ModelConfig
-from .strategies import (
-    CACHES,
-    COMMITS,
-    REVISIONS,
-    SCORES,
-    Ask,
-    Guess,
-    Guided,
-    MaskPredictor,
-    Method,
-    Now,
-    Whole,
-    draw,
-    probability,
-    quick,
-)  # fmt: skip
+from .strategies import CACHES, COMMITS, REVISIONS, SCORES, Ask, Guess, Guided, MaskPredictor
+
+from .strategies import Method, Now, Whole, draw, probability, quick  # isort: skip
 
 Rows = Sequence[Sequence[int]]
 Device = torch.device | str
@@ -137,6 +124,7 @@ class Draft:
         self.given = self.x != c.mask_id
         self.held = torch.full(self.x.shape, torch.nan, device=device)  # the probability of each token of ours
         self.revised, self.nfe = torch.zeros_like(self.given), 0
+        self.sound = torch.ones((), dtype=torch.bool, device=device)  # whether the last logits were finite
         self.stop = torch.tensor(stop_ids(config, c), dtype=torch.long, device=device)
         never = check_ids("banned_ids", config.banned_ids, c) + (self.stop.tolist() if config.ban_eos else [])
         self.never = torch.tensor(never, dtype=torch.long, device=device)
@@ -152,9 +140,7 @@ class Draft:
         """Ask for the places `asked` (R,W); draw a token for each and score it."""
         said = predict(ask)  # (N,V)
         said = said.to(torch.promote_types(said.dtype, torch.float32))  # in bfloat16 ties would reorder commits
-        if not said.amax(-1).isfinite().all():
-            at = f"step {self.nfe}, columns {ask.window.start} on"
-            raise BadInput(f"logits at {at}: expected finite numbers, got NaN or infinity; check the weights")
+        self.sound, self.at = said.amax(-1).isfinite().all(), f"step {self.nfe}, columns {ask.window.start} on"
         logits = said.index_fill(-1, self.never, -torch.inf) if len(self.never) else said
         config, drawable = self.config, logits.index_fill(-1, self.no_text, -torch.inf)
         tokens = draw(drawable, config.temperature, config.top_k, config.top_p, self.rng).to(said.device)
@@ -166,6 +152,11 @@ class Draft:
         x = self.x[ask.rows, ask.window].masked_scatter(asked, tokens)
         scores = (empty - torch.inf).masked_scatter(asked, scores)
         return Guess(x, scores, (empty + torch.nan).masked_scatter(asked, p.to(empty.dtype)))
+
+    def check(self) -> None:
+        """Raise BadInput if the last logits were not finite; the host waits for the device here."""
+        if not self.sound:
+            raise BadInput(f"logits at {self.at}: expected finite numbers, got NaN or infinity; check the weights")
 
     def take_back(self, rows: Tensor, window: slice, back: Tensor) -> None:
         """Turn the committed places `back` (R,W) into holes."""
@@ -230,23 +221,26 @@ def stream(model: Model, canvas: Canvas, config: SampleConfig, seed: int = 0, ri
 
 
 def fill(draft: Draft, predict: Callable[[Ask], Tensor], method: Method, window: slice, steps: int) -> Iterator[Step]:
-    """Fill one window in so many steps: ask, draw, take back, commit."""
+    """Fill one window in so many steps: ask, draw, take back, commit. The host waits for the device once a step, to
+    know how many places are asked about: none when all is done, and none when the last logits were not finite."""
     rows = (draft.x[:, window] == draft.c.mask_id).any(1).nonzero().flatten()  # a row that has ended is not computed
     attn_mask = None if draft.valid[rows].all() else draft.valid[rows][:, None, None, :]
     predict, score = method.wrap(predict), method.score or SCORES[draft.config.remasking]
     for left in range(steps, 0, -1):
         now = draft.now(rows, window, left, steps)
-        if method.done(now).all():
-            return
-        asked = now.hole if left == 1 else method.ask(now)  # (R,W)
+        done = method.done(now) | ~draft.sound  # (R,)
+        asked = (now.hole if left == 1 else method.ask(now)) & ~done[:, None]  # (R,W)
         row, column = asked.nonzero(as_tuple=True)
         if len(row):
             ask = Ask(draft.x[rows], (row, column + window.start), window, rows, attn_mask)
             guess = draft.guess(predict, score, asked, ask)
+        elif done.all():
+            break
         if left > 1 and (back := method.revise(now)) is not None:
             draft.take_back(rows, window, back)
         if len(row):
             yield draft.write(rows, window, guess, asked if left == 1 else method.commit(now, guess))
+    draft.check()
 
 
 def generate(model: Model, prompts: Rows, config: SampleConfig | None = None, seed: int = 0) -> list[list[int]]:

@@ -81,6 +81,8 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, rng: Gene
 
     The choice is among the top_k likeliest ids (0: all) and the fewest that have the probability top_p together.
     """
+    if logits.device.type == "mps" and temperature:  # Apple's GPUs have no float64
+        logits = logits.cpu()
     if top_k and temperature:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -89,8 +91,6 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, rng: Gene
         p = (ordered.double() / temperature).softmax(-1)
         beyond = p.cumsum(-1) - p >= top_p  # [.6,.3,.1] and 0.7 -> [F,F,T]; never the likeliest
         logits = logits.masked_fill(beyond.scatter(-1, ids, beyond), -torch.inf)
-    if logits.device.type == "mps":  # Apple's GPUs have no float64
-        logits = logits.cpu()
     return quick(gumbel_argmax)(logits, temperature, rng)
 
 

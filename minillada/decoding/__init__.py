@@ -9,6 +9,7 @@ from . import (  # noqa: F401
     exact,  # ancestral, first-hitting: samples of the model's own distribution
     fast_dllm,  # threshold, factor; prefix and dual cache
     fast_draw,  # tokens drawn with few random numbers
+    graphs,  # evaluations recorded on a GPU
     klass,  # commit what is sure and steady
     narrow,  # no queries that nobody asks for
     random_remask,  # take back by chance

@@ -121,7 +121,7 @@ def exact_bound(model: nn.Module, prompt: Ids, answer: Ids, batch_size: int = 25
         masked = F.pad(chosen, (len(prompt), 0)).to(device)
         rows, held = x0.expand(len(sets), -1), given.expand(len(sets), -1)
         noised = Noised(rows.masked_fill(masked, model.config.mask_id), masked, weight.to(device))
-        total += model_bound(towards(held, model, cfg_scale), rows, noised).double().sum().item()
+        total += model_bound(towards(held, model, cfg_scale), rows, noised).cpu().double().sum().item()
     return total
 
 
@@ -198,7 +198,7 @@ def confidence_scores(
             check_pair(model, *pair)
         x0, given, valid = padded(batch, device)
         hole, denoise = valid & ~given, towards(given, model, cfg_scale)
-        total = torch.zeros(len(batch), dtype=torch.double, device=device)
+        total = torch.zeros(len(batch), dtype=torch.double)  # Apple's GPUs have no float64
         sure = torch.ones(len(batch), dtype=torch.bool, device=device)
         while hole.any():
             x, where, left = x0.masked_fill(hole, c.mask_id), hole.nonzero(as_tuple=True), hole.any(1)
@@ -208,9 +208,9 @@ def confidence_scores(
             log_p[:, c.mask_id], log_p[:, c.vocab_size :] = -torch.inf, -torch.inf  # never written
             best[where] = log_p.amax(-1)
             surest, column = own.max(1)
-            total += surest.double().where(left, 0)
+            total += surest.where(left, 0).cpu().double()
             sure &= ~left | (surest == best.amax(1))
             hole.scatter_(1, column[:, None], False)  # in a row without holes, column is 0 and nothing changes
-        scores.append(total.cpu())
+        scores.append(total)
         greedy.append(sure.cpu())
     return torch.cat(scores), torch.cat(greedy)
