@@ -20,9 +20,9 @@ from minillada.sampler import stream
 from minillada.text.chat import ChatTemplate
 from minillada.text.tokenizer import Tokenizer
 from minillada.weights.checkpoint import Report, check, expect_tokenizer, load
-from minillada.weights.device import pick_device
+from minillada.weights.device import pick_device, slow_experts
 from minillada.weights.hub import fetch
-from minillada.weights.quantize import memory, quantize
+from minillada.weights.quantize import kinds, memory, quantize
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 EXAMPLES = """examples:
@@ -43,12 +43,13 @@ def options() -> Namespace:
     p.add_argument("--deep", action="store_true", help="with --check: read the weights too, for NaN and infinity")
     p.add_argument("--revision", help="branch, tag or commit on the hub")
     p.add_argument("--dtype", help=f"{', '.join(DTYPES)} (default: the files')")
-    p.add_argument("--quantize", metavar="BITS", help="int8 or int4: keep the matrices in so few bits")
+    p.add_argument(
+        "--quantize", metavar="BITS", help="int8, int4 or (NVIDIA since Ada) fp8: keep the matrices in so few"
+    )
     p.add_argument("--mask-id", type=int, help="the id of [MASK], if neither config.json nor the tokenizer tells it")
     args = parse(p)
-    for name, known in (("dtype", DTYPES), ("quantize", ("int8", "int4"))):
-        if getattr(args, name) is not None:
-            check_one_of(name, getattr(args, name), known)
+    if args.dtype is not None:
+        check_one_of("dtype", args.dtype, DTYPES)
     return args
 
 
@@ -93,6 +94,8 @@ def load_model(args: Namespace, found: Report, device: str) -> tuple[LLaDA, Toke
     model, tokenizer = load(found.directory, first, DTYPES.get(args.dtype), progress=True, mask_id=args.mask_id)
     if args.quantize:
         quantize(model, args.quantize, device)
+    for line in slow_experts(model.config, device, model.embed.weight.dtype):
+        tell(line)
     seconds = time.perf_counter() - start
     peak = f", {amount(torch.cuda.max_memory_allocated())}B at its peak" if device.startswith("cuda") else ""
     tell(f"loaded in {seconds:.1f} s, {amount(found.n_bytes / seconds)}B/s; "
@@ -103,6 +106,8 @@ def load_model(args: Namespace, found: Report, device: str) -> tuple[LLaDA, Toke
 def main() -> None:
     args = options()
     device = pick_device(args.device)
+    if args.quantize is not None:
+        check_one_of("quantize", args.quantize, kinds(device))
     found = look(args)
     describe(found)
     if args.check:
@@ -119,7 +124,7 @@ def main() -> None:
         answer_file(args, talker)
     else:
         asked = question(args, talker)  # a canvas with holes, and how to decode it
-        steps = stream(model, asked.canvas, asked.config, args.seed, rivals=5 if files_of(args) else 0)
+        steps = stream(talker.writer, asked.canvas, asked.config, args.seed, rivals=5 if files_of(args) else 0)
         show(args, talker, asked, steps)
 
 

@@ -50,7 +50,7 @@ def main() -> None:
         answer_file(args, talker)
     else:
         asked = question(args, talker)  # a canvas with holes, and how to decode it
-        steps = stream(model, asked.canvas, asked.config, args.seed, rivals=5 if files_of(args) else 0)
+        steps = stream(talker.writer, asked.canvas, asked.config, args.seed, rivals=5 if files_of(args) else 0)
         show(args, talker, asked, steps)
 
 

@@ -46,15 +46,6 @@ def bernoulli(x0: Tensor, mask_id: int, t: Tensor, rng: Generator, maskable: Ten
     return Noised(x0.masked_fill(masked, mask_id), masked, 1 / t)
 
 
-def bernoulli_mean(x0: Tensor, mask_id: int, t: Tensor, rng: Generator, maskable: Tensor | None = None) -> Noised:
-    """Mask as `bernoulli` does, but replace 1/t by its mean over all t that could have masked as many tokens.
-
-    That mean is (L+1)/m for m masked of L maskable tokens: 3 of 8 -> weight 3.
-    """
-    noised = bernoulli(x0, mask_id, t, rng, maskable)
-    return noised._replace(weight=(lengths(x0, maskable) + 1) / noised.masked.sum(1).clamp(min=1))
-
-
 def exact_count(x0: Tensor, mask_id: int, t: Tensor, rng: Generator, maskable: Tensor | None = None) -> Noised:
     """Mask exactly l = ceil(t L) of a row's L maskable tokens, chosen at random; weight L/l (eq. 14).
 
@@ -73,12 +64,7 @@ def lengths(x0: Tensor, maskable: Tensor | None) -> Tensor:
     return torch.full((len(x0),), x0.shape[1]) if maskable is None else maskable.sum(1)
 
 
-# name -> process. training/ adds MD4's schedule.
-PROCESSES: dict[str, Callable[..., Noised]] = {
-    "exact-count": exact_count,
-    "bernoulli-mean": bernoulli_mean,
-    "bernoulli": bernoulli,
-}
+PROCESSES: dict[str, Callable[..., Noised]] = {"exact-count": exact_count, "bernoulli": bernoulli}  # training/ adds two
 
 
 def nll_bound(logits: Tensor, x0: Tensor, noised: Noised) -> Tensor:

@@ -116,12 +116,12 @@ def check_canvas(x, valid, c) -> None:
         raise BadInput(f"token: expected {expected}, got {strange[0].item()}; use the model's tokenizer")
 
 
-def check_blocks(config, c) -> int:
-    """Return the tokens of a block of the ModelConfig c, 0 for full attention. Raises BadInput for a cache of a
-    SampleConfig that would let a block model see what it cannot."""
-    if c.block and config.cache not in ("none", "block"):
+def check_blocks(config, c) -> tuple[int, str]:
+    """Return the tokens of a block of the ModelConfig c, 0 for full attention, and the cache to decode with. Raises
+    BadInput for a cache of a SampleConfig that would let a block model see what it must not."""
+    if c.block and config.cache not in ("none", "blocks", "block"):
         raise BadInput(f"cache: expected none or block with a block model, got {config.cache}; leave it out")
-    return c.block
+    return c.block, "blocks" if c.block and config.cache == "none" else config.cache
 
 
 def check_ids(name: str, ids: Iterable[int], c) -> list[int]:

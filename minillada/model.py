@@ -4,18 +4,22 @@ It is a LLaMA-style decoder without the causal mask. Every position sees every o
 the clean token behind each [MASK], for all positions at once. It gets no noise level `t` as input: the number of masks
 in the input tells it already (RADD, arXiv:2406.03736; LLaDA, arXiv:2502.09992, eq. 11).
 
-Shapes: B batch, T sequence, S keys, H heads, D head width, C model width, F feed-forward width, V vocabulary,
-E experts.
+Shapes: B batch, T sequence, S keys, H heads, D head width, C width, F feed-forward width, V vocabulary, E experts.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import check_model
+
+# of attention on a GPU; not cuDNN's, which makes a plan for every new shape, and sampling has many shapes
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def block_causal(number: Tensor) -> Tensor:
-    """Return which places may look at which, (S,S) bool, from the block that each is in, (S,): at its own block and at
-    those before it. [0, 0, 1] -> [[T, T, F], [T, T, F], [T, T, T]]. With one token in a block this is causal."""
+    """Return who may look at whom, (S,S) bool, from each place's block (S,): at its own block and at those before it.
+    [0, 0, 1] -> [[T, T, F], [T, T, F], [T, T, T]]. With one token in a block this is causal."""
     return number[None, :] <= number[:, None]
 
 
@@ -124,7 +128,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
     if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16 and attn_mask is None:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=k.shape[1] < q.shape[1])
+    with sdpa_kernel(KERNELS) if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=k.shape[1] < q.shape[1])
 
 
 class Attention(nn.Module):
@@ -220,19 +225,19 @@ class MoE(nn.Module):
         return weights * c.router_scale, experts
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # (N,C)
+        flat, k = x.reshape(-1, x.shape[-1]), self.c.n_expert_active  # (N,C)
         weights, experts = self.route(self.router(flat))
-        order = experts.flatten().argsort(stable=True)  # the N*K visits, sorted by expert
-        token = order // self.c.n_expert_active
-        ends = experts.flatten().bincount(minlength=self.c.n_expert).cumsum(0).int()  # where each expert's rows end
+        chosen, order = experts.flatten().sort(stable=True)  # the N*K visits, sorted by expert
+        each = torch.arange(self.c.n_expert, device=x.device)  # bincount would wait for a GPU
+        ends = torch.searchsorted(chosen, each, right=True, out_int32=True)  # where each expert's rows end
         gate, device = self.gate, x.device.type
         # autocast does not know grouped_mm, so the experts see to their precision themselves
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gate.dtype
-        visits = flat.to(dtype).index_select(0, token)  # (N*K,C); backward it is faster than flat[token]
+        visits = flat.to(dtype).repeat_interleave(k, 0).index_select(0, order)  # (N*K,C)
         hidden = F.silu(grouped(visits, gate, ends)) * grouped(visits, self.up, ends)
         hidden = hidden * weights.flatten()[order, None].to(dtype)  # before `down`, where rows are F wide and not C
-        out = grouped(hidden, self.down, ends).to(flat.dtype)
-        y = torch.zeros_like(flat).index_add_(0, token, out).view_as(x)
+        out = grouped(hidden, self.down, ends).to(flat.dtype).index_select(0, order.argsort())  # by token again
+        y = out.unflatten(0, experts.shape).sum(1).view_as(x)  # always in the same order, unlike index_add on a GPU
         return y if self.shared is None else y + self.shared(x)
 
 
@@ -262,9 +267,7 @@ class Layer(nn.Module):
 
 class LLaDA(nn.Module):
     """Predict what is behind the masks, p(x0 | xt): tokens (B,T) -> logits (B,T,V) (LLaDA, eq. 3).
-
-    Its weights come from PyTorch's global generator (`torch.manual_seed`); `init_weights(rng)` draws them again.
-    """
+    Its weights come from PyTorch's global generator (`torch.manual_seed`); `init_weights(rng)` draws them again."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -281,8 +284,8 @@ class LLaDA(nn.Module):
     def init_weights(self, rng: torch.Generator | None = None) -> None:
         """Draw every matrix with std 1/sqrt(fan-in), so that it keeps the size of what passes through it.
 
-        Projections that write to the residual stream are smaller by sqrt(2 layers), and the head is small, so that the
-        first predictions are nearly uniform and the first bound is close to ln V nats per token.
+        What writes to the residual stream is smaller by sqrt(2 layers), and the head is small, so that the first bound
+        is close to ln V nats per token.
         """
         residual = (2 * self.config.n_layer) ** -0.5
         for name, p in self.named_parameters():
@@ -296,13 +299,9 @@ class LLaDA(nn.Module):
                 nn.init.normal_(p, std=scale * p.shape[-1] ** -0.5, generator=rng)
 
     def forward(
-        self,
-        tokens: Tensor,
-        attn_mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        where: tuple[Tensor, Tensor] | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
+        self, tokens: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None,
+        where: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return the logits of every position of tokens (B,T) long: (B,T,V), or (N,V) for the places `where` alone.
 
         attn_mask: bool, broadcastable to (B,1,T,S), True = may look; None = everyone looks at everyone.
@@ -311,8 +310,7 @@ class LLaDA(nn.Module):
         cache: keys and values of an earlier evaluation; `positions` (T,) then say which slots these tokens renew.
         """
         x = self.embed(tokens)  # (B,T,C)
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
         around = Around(rotary_angles(positions, self.config, x.dtype), positions, attn_mask, cache)
         for layer in self.layers[:-1]:
             x = layer(x, around)

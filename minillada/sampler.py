@@ -1,11 +1,11 @@
 """Write text by removing masks. `stream` yields one `Step` per evaluation of the model; whatever one wants to see or
 measure is a `for` loop over it, and `generate` is such a loop.
 
-Shapes: B rows of the canvas, R of them that have holes in the window, T sequence, W window, N holes asked about,
-V vocabulary.
+Shapes: B rows of the canvas, R of them with holes in the window, T sequence, W window, N places asked about.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .errors import BadInput, check_blocks, check_canvas, check_ids, check_one_of, check_sampling, named
 from .model import ModelConfig
-from .strategies import CACHES, COMMITS, REVISIONS, SCORES, Ask, BlockCausal, Guess, Guided, MaskPredictor
 
+from .strategies import CACHES, COMMITS, REVISIONS, SCORES, Ask, Guess, Guided, MaskPredictor  # isort: skip
 from .strategies import Method, Now, Whole, draw, probability, quick  # isort: skip
 
 Rows = Sequence[Sequence[int]]
@@ -63,8 +63,7 @@ class Canvas:
     def answers(self, x: Tensor, config: "SampleConfig", c: ModelConfig) -> list[list[int]]:
         """Return what was written behind the prompts of a continuation: its rows x (B,T) from their first hole on."""
         starts = (self.x == c.mask_id).long().argmax(1).tolist()
-        texts = (row[start:][: config.gen_len] for row, start in zip(x.tolist(), starts, strict=True))
-        return [answer_of(text, config, c) for text in texts]
+        return [answer_of(row[a : a + config.gen_len], config, c) for row, a in zip(x.tolist(), starts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,6 @@ def method_of(config: SampleConfig) -> Method:
     return method if config.revise == "none" else named(REVISIONS, "revise", config.revise)
 
 
-def decoded(c: ModelConfig, config: SampleConfig) -> ModelConfig:
-    """Return a model's config with the blocks in which it is to be decoded."""
-    return c if config.block is None else replace(c, block=config.block)
-
-
 def stop_ids(config: SampleConfig, c: ModelConfig) -> list[int]:
     """Return the ids that end a text."""
     ends = () if c.eos_id is None else (c.eos_id,)
@@ -138,6 +132,7 @@ class Draft:
         self.given = self.x != c.mask_id
         self.held = torch.full(self.x.shape, torch.nan, device=device)  # the probability of each token of ours
         self.revised, self.nfe = torch.zeros_like(self.given), 0
+        self.sound = torch.ones((), dtype=torch.bool, device=device)  # whether the last logits were finite
         self.stop = torch.tensor(stop_ids(config, c), dtype=torch.long, device=device)
         never = check_ids("banned_ids", config.banned_ids, c) + (self.stop.tolist() if config.ban_eos else [])
         self.never = torch.tensor(never, dtype=torch.long, device=device)
@@ -153,9 +148,7 @@ class Draft:
         """Ask for the places `asked` (R,W); draw a token for each and score it."""
         said = predict(ask)  # (N,V)
         said = said.to(torch.promote_types(said.dtype, torch.float32))  # in bfloat16 ties would reorder commits
-        if not said.amax(-1).isfinite().all():
-            at = f"step {self.nfe}, columns {ask.window.start} on"
-            raise BadInput(f"logits at {at}: expected finite numbers, got NaN or infinity; check the weights")
+        self.sound, self.at = said.amax(-1).isfinite().all(), f"step {self.nfe}, columns {ask.window.start} on"
         logits = said.index_fill(-1, self.never, -torch.inf) if len(self.never) else said
         config, drawable = self.config, logits.index_fill(-1, self.no_text, -torch.inf)
         tokens = draw(drawable, config.temperature, config.top_k, config.top_p, self.rng).to(said.device)
@@ -207,57 +200,63 @@ class Draft:
         self.x = torch.where(hole & (ended.cumsum(1) > 0), self.stop[0], self.x)
 
 
-def predictor_of(model: Model) -> MaskPredictor:
-    """Return a module as a mask predictor; one that is a mask predictor already as it is."""
-    return quick(Whole)(model) if isinstance(model, nn.Module) else model
+def predictor_of(model: Model, block: int | None = None) -> MaskPredictor:
+    """Return a model as a mask predictor, one that is such already as it is; with `block`, if that is not None."""
+    predict = quick(Whole)(model) if isinstance(model, nn.Module) else model
+    if block not in (None, predict.config.block):
+        predict = copy(predict)
+        predict.config = replace(predict.config, block=block)
+    return predict
 
 
 @torch.no_grad()
 def stream(model: Model, canvas: Canvas, config: SampleConfig, seed: int = 0, rivals: int = 0) -> Iterator[Step]:
     """Fill the canvas's holes window by window, yielding every step (LLaDA, algorithms 4 and 5).
 
-    Given tokens never change. `[MASK]` and ids past the vocabulary are never drawn. The last step of a window commits
-    every hole left in it. A step that would commit nothing costs no evaluation. rivals: how many of the likeliest
-    tokens to report for each place that is committed. Raises BadInput.
+    Given tokens never change. `[MASK]` and ids past the vocabulary are never drawn. A step that would commit nothing
+    costs no evaluation. rivals: how many likeliest tokens to report for each place committed. Raises BadInput.
     """
-    predict = predictor_of(model)
-    draft = Draft(canvas, decoded(predict.config, config), config, seed, rivals)
-    block = check_blocks(config, draft.c)
-    predict = BlockCausal(predict, block) if block else predict
-    predict = named(CACHES, "cache", config.cache)(predict, draft.given)
+    predict = predictor_of(model, config.block)
+    draft = Draft(canvas, predict.config, config, seed, rivals)
+    block, cache = check_blocks(config, draft.c)
+    predict = named(CACHES, "cache", cache)(predict, draft.given)
     if config.cfg_scale:
         predict = Guided(predict, config.cfg_scale, draft.given)
     windows = method_of(config).windows(~draft.given, config.block_len, block)
     steps = -(-config.steps * block // config.gen_len) if block else max(1, config.steps // max(1, len(windows)))
-    for window in windows:
-        yield from fill(draft, predict, method_of(config), window, steps)
+    for window, method in ((window, method_of(config)) for window in windows):
+        yield from fill(draft, predict, method, window, method.steps or steps)
 
 
 def fill(draft: Draft, predict: Callable[[Ask], Tensor], method: Method, window: slice, steps: int) -> Iterator[Step]:
-    """Fill one window in so many steps: ask, draw, take back, commit."""
+    """Fill one window in so many steps: ask, draw, take back, commit. The host waits for the device once a step."""
     rows = (draft.x[:, window] == draft.c.mask_id).any(1).nonzero().flatten()  # a row that has ended is not computed
     attn_mask = None if draft.valid[rows].all() else draft.valid[rows][:, None, None, :]
     predict, score = method.wrap(predict), method.score or SCORES[draft.config.remasking]
-    for left in range(method.steps or steps, 0, -1):
-        now = draft.now(rows, window, left, method.steps or steps)
-        if method.done(now).all():
-            return
-        asked = now.hole if left == 1 else method.ask(now)  # (R,W)
+    for left in range(steps, 0, -1):
+        now = draft.now(rows, window, left, steps)
+        done = method.done(now) | ~draft.sound  # (R,)
+        asked = (now.hole if left == 1 else method.ask(now)) & ~done[:, None]  # (R,W)
         row, column = asked.nonzero(as_tuple=True)
         if len(row):
             ask = Ask(draft.x[rows], (row, column + window.start), window, rows, attn_mask)
             guess = draft.guess(predict, score, asked, ask)
+        elif done.all():
+            break
         if left > 1 and (back := method.revise(now)) is not None:
             draft.take_back(rows, window, back)
         if len(row):
             commit = asked if left == 1 else method.commit(now, guess)
             yield draft.write(rows, window, guess, commit, method.settled(now))
+    if not draft.sound:
+        raise BadInput(f"logits at {draft.at}: expected finite numbers, got NaN or infinity; check the weights")
 
 
 def generate(model: Model, prompts: Rows, config: SampleConfig | None = None, seed: int = 0) -> list[list[int]]:
     """Return the new tokens after each of several unequal prompts: gen_len, or those before the first stop id."""
-    config, predict = config or SampleConfig(), predictor_of(model)
-    canvas = Canvas.continuation(prompts, config.gen_len, decoded(predict.config, config), predict.device)
+    config = config or SampleConfig()
+    predict = predictor_of(model, config.block)
+    canvas = Canvas.continuation(prompts, config.gen_len, predict.config, predict.device)
     for step in stream(predict, canvas, config, seed):  # noqa: B007 the last one is the answer
         pass
     return canvas.answers(step.x, config, predict.config)

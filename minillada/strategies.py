@@ -3,8 +3,7 @@
 Tables map the names that a user writes to these pieces; "threshold:0.9" gives a piece its parameter. The files of
 `decoding/` add further names. A new way to decode is one small class and one line in a table.
 
-Shapes: B rows of the canvas, R of them that have holes in the window, T sequence, W window, N holes asked about,
-V vocabulary.
+Shapes: B rows of the canvas, R of them with holes in the window, T sequence, W window, N holes asked about.
 """
 
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
-from .model import KVCache, ModelConfig, block_causal
+from .model import KVCache, ModelConfig
 
 # ---- ask: a mask predictor turns one question into logits ------------------------------------------------------------
 
@@ -73,25 +72,6 @@ class Guided:
         return conditional + self.scale * (conditional - unconditional)
 
 
-class BlockCausal:
-    """Ask about the blocks up to the window's end. Every place sees its own block and those before it, so what has been
-    written changes nothing before it (arXiv:2503.09573)."""
-
-    def __init__(self, predict: MaskPredictor, block: int) -> None:
-        self.predict, self.block = predict, block
-        self.config, self.device = predict.config, predict.device
-
-    def seen(self, ask: Ask) -> Tensor:
-        """Return who may look at whom, (T,T) or (R,1,T,T). Padding sees itself: a softmax over nothing is NaN."""
-        positions = torch.arange(ask.x.shape[1], device=ask.x.device) if ask.positions is None else ask.positions
-        look = block_causal(positions // self.block)
-        return look if ask.attn_mask is None else look & ask.attn_mask | torch.eye(len(look), device=look.device).bool()
-
-    def __call__(self, ask: Ask) -> Tensor:
-        stop = ask.window.stop
-        return self.predict(ask._replace(x=ask.x[:, :stop], attn_mask=self.seen(ask)[..., :stop, :stop]))
-
-
 # ---- draw: logits (N,V) -> tokens (N,) -------------------------------------------------------------------------------
 
 
@@ -100,6 +80,8 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, rng: Gene
 
     The choice is among the top_k likeliest ids (0: all) and the fewest that have the probability top_p together.
     """
+    if logits.device.type == "mps" and temperature:  # Apple's GPUs have no float64
+        logits = logits.cpu()
     if top_k and temperature:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -108,8 +90,6 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, rng: Gene
         p = (ordered.double() / temperature).softmax(-1)
         beyond = p.cumsum(-1) - p >= top_p  # [.6,.3,.1] and 0.7 -> [F,F,T]; never the likeliest
         logits = logits.masked_fill(beyond.scatter(-1, ids, beyond), -torch.inf)
-    if logits.device.type == "mps":  # Apple's GPUs have no float64
-        logits = logits.cpu()
     return quick(gumbel_argmax)(logits, temperature, rng)
 
 
@@ -190,8 +170,7 @@ def surest(score: Tensor, due: Tensor) -> Tensor:
 class Method:
     """Decide how a window is decoded. Every published way is a subclass that changes one or two of these answers.
 
-    It is made anew for every window, so it may remember what it saw there. In the last step of a window the sampler
-    asks about every hole and commits them all.
+    It is made anew for every window and may remember what it saw there. The last step of a window commits every hole.
     """
 
     score: Score | None = None  # what the rule goes by, in place of the score that `remasking` names
@@ -201,9 +180,8 @@ class Method:
         """Cut the columns from the first to the last hole of the batch (B,T) into windows; the last may be narrower.
         The windows of a block model are its blocks, counted from the first column."""
         columns = hole.any(0).nonzero().flatten().tolist() or [0, -1]
-        first, last, width = columns[0], columns[-1], block or width
-        start, stop = (first - first % block, hole.shape[1]) if block else (first, last + 1)
-        return [slice(a, min(a + width, stop)) for a in range(start, last + 1, width)]
+        start, stop = (columns[0] // block * block, hole.shape[1]) if block else (columns[0], columns[-1] + 1)
+        return [slice(a, min(a + (block or width), stop)) for a in range(start, columns[-1] + 1, block or width)]
 
     def wrap(self, predict: Callable[[Ask], Tensor]) -> Callable[[Ask], Tensor]:
         """Return the predictor to ask; a method that needs to see its logits wraps it."""

@@ -3,12 +3,25 @@ import copy
 import pytest
 import torch
 from oracles import GOLDEN, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import minillada
 from minillada.errors import BadInput
 from minillada.model import LLaDA, ModelConfig
 from minillada.training.config import IDS, PRESETS
-from minillada.weights.quantize import Int4, Int8, matrices, memory, quantize
+from minillada.weights.quantize import (
+    Float8,
+    Int4,
+    Int8,
+    Packed,
+    PackedInt4,
+    PackedInt8,
+    kinds,
+    matrices,
+    memory,
+    quantize,
+    to_fp8,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -116,3 +129,70 @@ def test_generation_works_and_saving_is_refused(tmp_path):
 def test_other_bits_are_refused():
     with pytest.raises(BadInput, match="quantize: expected one of int8, int4, got 'int2'"):
         quantize(tiny_model(), "int2")
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("fields", [{}, {"qkv_bias": True, "n_kv_head": 1}], ids=["plain", "biases"])
+def test_in_bfloat16_a_cpu_multiplies_packed_weights_to_the_same_result(bits, fields, monkeypatch):
+    model = tiny_model(d_model=64, d_ff=64, vocab_size=32, mask_id=31, **fields).bfloat16()
+    small = quantize(copy.deepcopy(model), bits)
+    assert sum(isinstance(module, Packed) for module in small.modules()) == len(matrices(model))
+    assert memory(small) < memory(model)
+    monkeypatch.setattr(minillada.weights.quantize, "packed", lambda linear, bits: None)
+    slow, tokens = quantize(copy.deepcopy(model), bits), torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        one, other = small(tokens).float(), slow(tokens).float()
+    assert (one - other).norm() < 0.05 * other.norm()
+
+
+@pytest.mark.parametrize("shape", [(2, 64), (16, 64), (5, 3, 64)], ids=str)
+def test_a_packed_product_is_that_with_the_weights_that_come_back(shape):
+    linear = torch.nn.Linear(64, 48, bias=True).bfloat16().requires_grad_(False)
+    x = random(*shape, dtype=torch.bfloat16)
+    for product, w in (
+        (PackedInt4(linear, 32), Int4(32)(*Int4(32).right_inverse(linear.weight))),
+        (PackedInt8(linear), Int8()(*Int8().right_inverse(linear.weight))),
+    ):
+        torch.testing.assert_close(product(x), torch.nn.functional.linear(x, w, linear.bias), rtol=0.02, atol=0.02)
+
+
+def test_fp8_is_a_product_of_rounded_rows():
+    linear = torch.nn.Linear(64, 48, bias=True).requires_grad_(False)
+    x = random(7, 64)
+    try:
+        y = Float8(linear)(x)
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"this PyTorch has no product in fp8 on a CPU: {error}")
+    (q, scale), (p, size) = to_fp8(x), to_fp8(linear.weight)
+    expected = (q.float() * scale) @ (p.float() * size).T + linear.bias
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+    assert (y - linear(x)).norm() < 0.1 * linear(x).norm()
+
+
+def test_fp8_is_refused_where_no_gpu_multiplies_it(monkeypatch):
+    with pytest.raises(BadInput, match="quantize: expected one of int8, int4, got 'fp8'"):
+        quantize(tiny_model(), "fp8")
+    for able, there in (((8, 9), True), ((9, 0), True), ((8, 6), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, able=able: able)
+        assert ("fp8" in kinds("cuda")) == there
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_the_head_is_computed_again_in_pieces(bits, monkeypatch):
+    monkeypatch.setattr(minillada.weights.quantize, "PIECE", 100)
+    model = quantize(tiny_model(d_model=32, vocab_size=450, mask_id=449), bits)
+    x, largest = random(3, 32), []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest.extend(
+                t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor)
+            )
+            return out
+
+    whole = x @ model.head.weight.T
+    with torch.no_grad(), Sizes():
+        y = model.head(x)
+    torch.testing.assert_close(y, whole)
+    assert max(largest) <= 100 * 32

@@ -195,7 +195,7 @@ def to_solve(model: Model, text: str, args: Namespace) -> Question:
 def denoise(talker: Talker, asked: Question, seed: int) -> Iterator[tuple[Frame, Trace | None]]:
     """Yield what to show while the canvas is filled; at the end the whole trace. Raises BadInput."""
     kept, shown = [], 0.0
-    steps = stream(talker.model, asked.canvas, asked.config, seed, rivals=5)
+    steps = stream(talker.writer, asked.canvas, asked.config, seed, rivals=5)
     for step, frame in frames(steps, start=asked.start):
         kept.append(step)
         if time.monotonic() - shown > PACE:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from ..errors import BadInput, BadLuck, check_number, check_whole
+from ..decoding.graphs import graphed
+from ..errors import BadInput, BadLuck, check_number, check_one_of, check_whole
 from ..files import CONFIG_CAP, read_json
 from ..model import LLaDA
-from ..sampler import Canvas, SampleConfig, Step, answer_of, stream
+from ..sampler import Canvas, Model, SampleConfig, Step, answer_of, stream
 from ..show.page import FORMS, check_file, save
 from ..show.terminal import watch
 from ..show.trace import Trace
@@ -62,6 +63,7 @@ class Talker(NamedTuple):
     name: str  # what the user called it
     taught: bool  # to answer messages, as far as its files tell
     begin: list[int]  # see `begin_of`
+    writer: Model  # what to sample with: the model, maybe recorded
 
     def config(self, args: argparse.Namespace, prompt_len: int, **more: object) -> SampleConfig:
         """Return how to decode: what the options say, then `more`, then the model's defaults."""
@@ -115,6 +117,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Return the options. Raises BadInput and BadLuck for what can be refused before a model is loaded."""
     args = parser.parse_args()
     check_whole("batch_size", args.batch_size, 1)
+    check_one_of("graphs", args.graphs, ("auto", "off"))
     if args.prompts is not None:
         read_prompts(args.prompts)
     if args.out is not None and (args.prompts is None or args.out.exists()):
@@ -156,7 +159,7 @@ def answer_file(args: argparse.Namespace, talker: Talker) -> None:
         for first in range(0, len(texts), args.batch_size):
             now = slice(first, first + args.batch_size)
             canvas = Canvas.continuation(prompts[now], config.gen_len, talker.model.config, device)
-            for step in stream(talker.model, canvas, config, args.seed):  # noqa: B007 the last one has the answers
+            for step in stream(talker.writer, canvas, config, args.seed):  # noqa: B007 the last one has the answers
                 bar.update()
             nfe += step.nfe
             for text, new in zip(texts[now], canvas.answers(step.x, config, talker.model.config), strict=True):
@@ -196,7 +199,8 @@ def make_talker(
     last = name.replace("\\", "/").rstrip("/").split("/")[-1].lower()
     taught = "instruct" in last or (template.own and "base" not in last)  # base models too may bring a template
     begin = begin_of(guide_of(directory), model.config.eos_id)
-    return Talker(model, tokenizer, template, not args.raw and (args.chat or taught), defaults, name, taught, begin)
+    instruct, writer = not args.raw and (args.chat or taught), graphed(model, getattr(args, "graphs", "auto"))
+    return Talker(model, tokenizer, template, instruct, defaults, name, taught, begin, writer)
 
 
 def question(args: argparse.Namespace, talker: Talker) -> Question:

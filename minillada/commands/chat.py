@@ -33,7 +33,7 @@ def chat(args: argparse.Namespace, talker: Talker) -> None:
             if len(kept) <= len(messages):
                 print(f"(the oldest {len(messages) + 1 - len(kept)} messages no longer fit and are forgotten)")
             asked = to_write(args, talker, prompt, len(prompt))
-            new = show(args, talker, asked, stream(talker.model, asked.canvas, asked.config, args.seed))
+            new = show(args, talker, asked, stream(talker.writer, asked.canvas, asked.config, args.seed))
             messages = [*kept, {"role": "assistant", "content": talker.tokenizer.decode(new)}]
         except BadInput as error:
             complain(str(error))

@@ -104,6 +104,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         group.add_argument("--" + name.replace("_", "-"), type=TYPES[name], metavar=TYPES[name].__name__, help=text)
     for name, text in SWITCHES.items():
         group.add_argument("--" + name.replace("_", "-"), action="store_true", default=None, help=text)
+    group.add_argument(
+        "--graphs", default="auto", help="auto: record evaluations on an NVIDIA GPU, which is faster; off"
+    )
     group.add_argument("--seed", type=int, default=0, help="same seed, same machine, same tokens (default: 0)")
 
 

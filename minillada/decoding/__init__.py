@@ -10,6 +10,7 @@ from . import (  # noqa: F401
     exact,  # ancestral, first-hitting: samples of the model's own distribution
     fast_dllm,  # threshold, factor; prefix and dual cache
     fast_draw,  # tokens drawn with few random numbers
+    graphs,  # evaluations recorded on a GPU
     klass,  # commit what is sure and steady
     llada2,  # LLaDA2.0 and 2.1: what is sure, block by block; edits
     narrow,  # no queries that nobody asks for

@@ -8,8 +8,26 @@ S columns up to the end of the window, H heads, D head width.
 import torch
 from torch import Tensor
 
-from ..model import KVCache
-from ..strategies import CACHES, Ask, BlockCausal, MaskPredictor
+from ..model import KVCache, block_causal
+from ..strategies import CACHES, Ask, MaskPredictor
+
+
+class BlockCausal:
+    """Ask about the blocks up to the window's end. Every place sees its own block and those before it, so what has been
+    written changes nothing before it (arXiv:2503.09573)."""
+
+    def __init__(self, predict: MaskPredictor) -> None:
+        self.predict, self.config, self.device = predict, predict.config, predict.device
+
+    def seen(self, ask: Ask) -> Tensor:
+        """Return who may look at whom, (T,T) or (R,1,T,T). Padding sees itself: a softmax over nothing is NaN."""
+        positions = torch.arange(ask.x.shape[1], device=ask.x.device) if ask.positions is None else ask.positions
+        look = block_causal(positions // self.config.block)
+        return look if ask.attn_mask is None else look & ask.attn_mask | torch.eye(len(look), device=look.device).bool()
+
+    def __call__(self, ask: Ask) -> Tensor:
+        stop = ask.window.stop
+        return self.predict(ask._replace(x=ask.x[:, :stop], attn_mask=self.seen(ask)[..., :stop, :stop]))
 
 
 class Slots(KVCache):
@@ -38,8 +56,8 @@ class BlockCache(BlockCausal):
     evaluated. So a finished block costs no evaluation of its own.
     """
 
-    def __init__(self, predict: MaskPredictor, block: int, given: Tensor) -> None:
-        super().__init__(predict, block)
+    def __init__(self, predict: MaskPredictor, given: Tensor) -> None:
+        super().__init__(predict)
         self.n_row, self.length = given.shape
         self.slots: Slots | None = None
         self.window: slice | None = None  # what was asked about last
@@ -69,10 +87,15 @@ class BlockCache(BlockCausal):
         )
 
 
+def blocks(predict: MaskPredictor, given: Tensor) -> MaskPredictor:
+    """Return a predictor of a block model, without a cache. A model that sees everything is returned as it is."""
+    return BlockCausal(predict) if predict.config.block else predict
+
+
 def block_cache(predict: MaskPredictor, given: Tensor) -> MaskPredictor:
     """Return a predictor of a block model with the cache. A model that sees everything is returned as it is: its only
     block is the whole canvas, and nothing of it is finished before the end."""
-    return BlockCache(predict.predict, predict.block, given) if isinstance(predict, BlockCausal) else predict
+    return BlockCache(predict, given) if predict.config.block else predict
 
 
-CACHES["block"] = lambda: block_cache
+CACHES |= {"blocks": lambda: blocks, "block": lambda: block_cache}

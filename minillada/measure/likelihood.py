@@ -126,7 +126,7 @@ def exact_bound(model: nn.Module, prompt: Ids, answer: Ids, batch_size: int = 25
             weight = torch.tensor(weights, dtype=wide, device=device)
             noised = Noised(rows.masked_fill(masked, model.config.mask_id), masked, weight)
             looks = look if look is None else look.expand(len(sets), -1, -1, -1)
-            total += model_bound(towards(held, model, cfg_scale), rows, noised, looks).double().sum().item()
+            total += model_bound(towards(held, model, cfg_scale), rows, noised, looks).cpu().double().sum().item()
     return total
 
 
@@ -204,7 +204,7 @@ def confidence_scores(
             check_pair(model, *pair)
         x0, given, valid = padded(batch, device)
         hole, denoise = valid & ~given, towards(given, model, cfg_scale)
-        total = torch.zeros(len(batch), dtype=torch.double, device=device)
+        total = torch.zeros(len(batch), dtype=torch.double)  # Apple's GPUs have no float64
         sure = torch.ones(len(batch), dtype=torch.bool, device=device)
         while hole.any():
             x, left, now = x0.masked_fill(hole, c.mask_id), hole.any(1), hole
@@ -218,9 +218,9 @@ def confidence_scores(
             log_p[:, c.mask_id], log_p[:, c.vocab_size :] = -torch.inf, -torch.inf  # never written
             best[where] = log_p.amax(-1)
             surest, column = own.max(1)
-            total += surest.double().where(left, 0)
+            total += surest.where(left, 0).cpu().double()
             sure &= ~left | (surest == best.amax(1))
             hole.scatter_(1, column[:, None], False)  # in a row without holes, column is 0 and nothing changes
-        scores.append(total.cpu())
+        scores.append(total)
         greedy.append(sure.cpu())
     return torch.cat(scores), torch.cat(greedy)

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ..errors import BadInput
-from ..model import KVCache
+from ..model import KVCache, block_causal
 from ..strategies import draw
 from .likelihood import Ids, Pair, check_pair, padded
 
 
 def causal(length: int, device: torch.device | str | None = None) -> Tensor:
     """Return (T,T) bool: each position may look at itself and at those before it."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return block_causal(torch.arange(length, device=device))
 
 
 def twin_nll(model: nn.Module, x0: Tensor) -> Tensor:

@@ -69,10 +69,6 @@ EQUATIONS: dict[str, tuple[str, list[str]]] = {
         "LLaDA, eq. 7 and 12",
         [r"$q(x_t^i = M) = t$", r"$- \log p_\theta (x_0) \le \E_{t, x_t} [ \frac{1}{t} \sum_{i: x_t^i = M} \CE_i ]$"],
     ),
-    "diffusion.bernoulli_mean": (
-        "The mean weight",
-        [r"$\E [ \frac{1}{t} | m ] = \frac{L + 1}{m}, \quad m = \text{masked tokens}$"],
-    ),
     "diffusion.exact_count": (
         "LLaDA, eq. 14",
         [

@@ -45,13 +45,13 @@ def processes() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+    if (own := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():  # a run on CPUs needs no GPU for each
+        torch.cuda.set_device(own)  # what "cuda" means from here on
     dist.init_process_group()  # gloo for tensors on the CPU, NCCL for those on a GPU
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
         try:
             yield
-            dist.barrier()  # what still held a tensor while Python shuts down would abort the process
+            agree(0)  # that all are here: what still held a tensor while Python shuts down would abort the process
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "Connection" not in str(error) and "gloo" not in str(error):
                 raise
@@ -59,6 +59,14 @@ def processes() -> Iterator[None]:
             raise BadLuck(f"{what}; see what that one said, then use --resume") from error
         finally:
             dist.destroy_process_group()
+
+
+def check_gpus(device: str) -> None:
+    """Raise BadLuck if processes are to train on GPUs and this one has none of its own."""
+    there = torch.cuda.device_count()
+    if world_size() > 1 and torch.device(device).type == "cuda" and int(os.environ["LOCAL_RANK"]) >= there:
+        what = f"device: expected a GPU for each of the processes on this machine, got {there}"
+        raise BadLuck(f"{what}; start at most {there}, or use --device cpu")
 
 
 def reduce(tensor: Tensor, how: dist.ReduceOp.RedOpType = dist.ReduceOp.MAX) -> Tensor:

@@ -17,9 +17,10 @@ from ..text.ids import Tokens, by_documents, tokenise
 from ..text.tokenizer import Tokenizer
 from ..train import Objective
 from ..weights.checkpoint import check, expect_tokenizer, load
+from ..weights.device import slow_experts
 from .balance import Balanced
 from .config import RunConfig, SFTConfig, TrainConfig, TunedConfig, VRPOConfig
-from .distributed import check_same, in_turn, load_optimizers, spread, together, world_size
+from .distributed import check_gpus, check_same, in_turn, load_optimizers, spread, together, world_size
 from .lora import adapt, adapters
 from .optim import choose_precision, make_optimizers, recompute
 from .pretraining import TextPretraining, examples_of
@@ -119,6 +120,7 @@ def make(config: RunConfig, newest: Path | None = None, saved: dict | None = Non
     saved, base, rng = saved or {}, None, Generator().manual_seed(config.seed)
     parts = world_size() * config.accumulate  # of a batch, which have as many rows each
     with together():
+        check_gpus(config.device)
         if config.batch_size % parts:
             what = f"batch_size: expected a multiple of {parts} (processes times accumulate), got {config.batch_size}"
             raise BadInput(f"{what}; choose such a batch_size, or accumulate less")
@@ -148,4 +150,5 @@ def make(config: RunConfig, newest: Path | None = None, saved: dict | None = Non
     guide = {"sampling": config.sampling}
     if isinstance(config, TrainConfig):
         guide |= {"after_eos": config.rows == "documents", "examples": examples_of(text, saves)}
+    notices += slow_experts(model.config, config.device, getattr(torch, precision))
     return Made(config, notices, text, saves, guide, base, objective, model, called, trained, optimizers, rng)

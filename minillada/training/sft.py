@@ -32,6 +32,7 @@ from ..text.corpora import records
 from ..text.ids import Tokens, digest_of
 from ..text.tokenizer import Tokenizer
 from .config import SFTConfig, TunedConfig
+from .optim import evaluation
 from .pretraining import losses_by_part
 
 PADDING = -1  # in a row: no token
@@ -190,6 +191,7 @@ class SFT:
     def validate(self, model: nn.Module) -> dict:
         """Return {"bound": nats per character} of 128 held-out answers at most, with 2 masks each, always the same."""
         pairs = list(islice(chain.from_iterable(self.items.held), 128))
-        values, _ = log_likelihoods(model, pairs, n_samples=2)
+        with evaluation(self.config):
+            values, _ = log_likelihoods(model, pairs, n_samples=2)
         tokens = sum(len(answer) for _, answer in pairs)
         return {"bound": -values.sum().item() / tokens / self.items.characters_per_token}

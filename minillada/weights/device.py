@@ -1,4 +1,4 @@
-"""Choose a device, and find out how much memory it has left."""
+"""Choose a device, and find out what it can do and how much memory it has left."""
 
 import re
 from contextlib import suppress
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..errors import BadLuck, check_one_of
+from ..model import ModelConfig
 
 
 def pick_device(name: str) -> str:
@@ -21,6 +22,26 @@ def pick_device(name: str) -> str:
         what = f"device: expected a working {name}, got none in this PyTorch {torch.__version__}"
         raise BadLuck(f"{what}; use cpu") from None
     return name
+
+
+def capability(device: str | torch.device) -> tuple[int, int]:
+    """Return the compute capability of an NVIDIA GPU, (9, 0) for an H100; (0, 0) for any other device."""
+    there = torch.device(device).type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if there else (0, 0)
+
+
+def groups_products(device: str | torch.device, dtype: torch.dtype) -> bool:
+    """Return whether PyTorch multiplies all experts of a layer in one go on this device: in bfloat16 on Hopper and
+    Blackwell. Elsewhere `grouped_mm` waits for the device, and then multiplies one expert after the other."""
+    return capability(device)[0] in (9, 10) and dtype == torch.bfloat16
+
+
+def slow_experts(c: ModelConfig, device: str | torch.device, dtype: torch.dtype) -> list[str]:
+    """Return a line for the user if a model's experts are slower on this GPU than they could be, or none."""
+    if not c.n_expert or torch.device(device).type == "cpu" or groups_products(device, dtype):
+        return []
+    kind = str(dtype).removeprefix("torch.")
+    return [f"experts: {kind} on this device multiplies them one by one; fast is bfloat16 on a Hopper or Blackwell GPU"]
 
 
 def check_memory(need: int, device: torch.device) -> None:
