@@ -43,6 +43,9 @@ def options() -> Parser:
     p.add_argument("--tokenizer", help="characters, bytes or bpe:SIZE")
     p.add_argument("--batch-size", type=int, help="rows per step")
     p.add_argument("--length", type=int, help="tokens of context")
+    p.add_argument(
+        "--block", type=int, metavar="N", help="write in blocks of N tokens (docs/blocks.md); 1: autoregression"
+    )
     p.add_argument("--rows", help="windows of the whole text (default), or documents: one in each row, with its end")
     p.add_argument("--optimizer", help="of the matrices: muon (default) or adamw")
     p.add_argument("--lr", type=float, help="its learning rate")
@@ -64,7 +67,7 @@ def options() -> Parser:
     more = p.add_argument_group("to go on from a trained model (docs/assistant.md)")
     more.add_argument("--sft", metavar="DATA", help="teach it to answer: JSONL with prompt and answer, or messages")
     more.add_argument("--prefer", metavar="DATA", help="VRPO: JSONL with prompt, chosen and rejected")
-    more.add_argument("--from", dest="start", metavar="RUN", help="the run or model directory to begin with")
+    more.add_argument("--from", dest="start", metavar="RUN", help="the run or model to begin with; with --block too")
     more.add_argument("--lora", type=int, metavar="RANK", help="train adapters, which are merged when saved")
     more.add_argument("--no-eos-padding", dest="eos_padding", **off, help="SFT: one end of text per answer")
     more.add_argument("--samples", type=int, metavar="N", help="VRPO: masking levels for each bound (default: 8)")
@@ -85,8 +88,11 @@ def config_for(given: dict) -> RunConfig:
         raise BadInput("from: expected a run or model directory to begin with, got none; add --from RUN")
     asked = "--prefer" if kind is VRPOConfig else "--sft" if kind is SFTConfig else "pre-training"
     allowed = {field.name for field in fields(kind)} - ({"data"} if tuned else set())
+    if kind is TrainConfig and "block" not in given:
+        allowed -= {"start"}
     for name in given.keys() - allowed:
         option = "from" if name == "start" else name
+        asked += " without --block" * (option == "from")
         raise BadInput(f"{option}: expected none with {asked}, got {given[name]!r}; leave it out")
     data = [data] if tuned else given.pop("data", ["docs"])
     if "start" in given:

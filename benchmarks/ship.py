@@ -11,6 +11,8 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from shutil import rmtree
 
@@ -18,8 +20,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 import minillada
-from minillada.diffusion import Noised, exact_count, model_bound, sample_t
+from minillada.diffusion import exact_count, model_bound, sample_t
 from minillada.files import write_file, write_json, write_manifest
+from minillada.measure.blocks import block_levels, bound, noise_blocks
 from minillada.measure.twin import twin_loss
 from minillada.text.chat import ChatTemplate
 from minillada.text.corpora import TELLER
@@ -35,9 +38,9 @@ from minillada.weights.shipped import HOME, SHIPPED
 
 HERE = Path("runs/shipped")  # data and runs
 BOARD = {"n_layer": 3, "n_head": 4, "d_model": 96, "d_ff": 256, "rope_theta": 100.0}
-STORIES = {"temperature": 0.7, "block_len": 15}
+STORIES = {"temperature": 0.7}
 GUIDES = {
-    "tales": {"sampling": STORIES, "examples": {
+    "tales": {"sampling": STORIES, "filling": {"block": 0, "cache": "none"}, "examples": {
         "prompt": ["Once upon a time a brave child named Greta", "There was once a shy child whose name was Otto"],
         "fill": ["On her birthday she was given a[MASK][MASK].", "A[MASK] hedgehog offered to help for a[MASK]."],
     }},
@@ -113,40 +116,46 @@ class Solver(Pretraining):
         yield model_bound(model, batch, noised).mean() / 18
 
 
-class InWindows(Pretraining):
-    """Learn half of the rows as pre-training does, and half as a text looks while it is written in windows: clean up to
-    a random place, hidden at a random level in the next 16, all hidden behind them, where nothing is asked."""
+class Blocks(Pretraining):
+    """Learn to write in blocks, and in the first `full` rows of a batch to fill holes from both sides."""
 
-    def noise(self, x0: Tensor, rng: Generator, width: int = 16) -> tuple[Tensor, Noised]:
-        place = torch.arange(x0.shape[1]).expand_as(x0)
-        start = torch.randint(1, x0.shape[1] - width + 1, (len(x0), 1), generator=rng)
-        window, later = (place >= start) & (place < start + width), place >= start + width
-        anywhere, t = place >= 1, sample_t(len(x0), rng)
-        half = torch.arange(len(x0))[:, None] % 2 == 0
-        xt, masked, weight = exact_count(x0, self.mask_id, t, rng, torch.where(half, window, anywhere))
-        weight = torch.where(half[:, 0], weight * (x0.shape[1] - 1) / width, weight)
-        return x0, Noised(xt.masked_fill(half & later, self.mask_id), masked, weight)
+    def __init__(self, *args: object, block: int, full: int) -> None:
+        super().__init__(*args)
+        self.block, self.full = block, full
+
+    def losses(self, model: nn.Module, batch: Tensor, rng: Generator) -> Iterator[Tensor]:
+        for rows, block in ((batch[self.full :], self.block), (batch[: self.full], 0)):
+            if len(rows):
+                after_eos = torch.arange(rows.shape[1]).expand_as(rows) >= 1
+                noised = noise_blocks(rows, self.mask_id, block_levels(rows, block, rng), rng, block, after_eos)
+                yield bound(model, rows, noised, block=block).mean() / rows.shape[1] * len(rows) / len(batch)
+
+
+# How `tales` goes on from `tales-ar`: block, full rows of 16, steps, steps that the rate is planned for, rate, decay.
+ROUNDS = [(1, 0, 1000, 3000, 1.0, 0.4), (4, 4, 2500, 2500, 1.0, 0.5), (4, 10, 2600, 2600, 0.7, 0.7)]
 
 
 def learned_directly(name: str) -> None:
     """Train a model of another objective by `learn` alone, which can't be resumed, and write it. `tales` goes on from
-    the model that pre-training has made, in two rounds."""
-    made, kind = make(config_of(name)), {"tales-ar": Twin, "sudoku4": Solver, "tales": InWindows}[name]
-    rounds = [(0, made.config.steps, 0.4)]  # first step, last step, share in which the rate falls
+    the autoregressive twin, which has learned what a story remembers, in three rounds."""
+    made, start = make(config_of(name)), time.perf_counter()
+    rounds, parts = [(0, 0, *[made.config.steps] * 2, 1.0, 0.4)], (made.objective.batches, made.objective.held)
     if name == "tales":
-        rounds = [(0, 2500, 0.7), (2500, 7500, 0.6)]
-        made.model.load_state_dict(minillada.load(HERE / "tales-before")[0].state_dict())
-    objective = kind(made.objective.batches, made.objective.held, made.model.config.mask_id)
-    start = time.perf_counter()
-    for number, (first, last, decay) in enumerate(rounds):
-        if number:
-            made.rng.manual_seed(number)
-        optimizers, config = make_optimizers(made.model, made.config), LearnConfig(steps=last, decay=decay)
-        for step in learn(made.model, optimizers, objective, config, made.rng, first):
+        rounds = ROUNDS
+        made.model.load_state_dict(minillada.load(HERE / "tales-ar")[0].state_dict())
+    for block, full, steps, planned, rate, decay in rounds:
+        made.rng.manual_seed(0)
+        kind = {"tales-ar": Twin, "sudoku4": Solver, "tales": partial(Blocks, block=block, full=full)}[name]
+        optimizers = make_optimizers(made.model, made.config)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] *= rate
+        objective, config = kind(*parts, made.model.config.mask_id), LearnConfig(steps=planned, decay=decay)
+        for step in islice(learn(made.model, optimizers, objective, config, made.rng), steps):
             if step.step % 200 == 0:
                 seconds = time.perf_counter() - start
                 print(f"{name}: step {step.step}, {seconds:.0f} s, loss {step.loss:.4f}", flush=True)
     rmtree(HERE / name, ignore_errors=True)
+    made.model.config = replace(made.model.config, block=rounds[-1][0])
     minillada.save(made.model, HERE / name, made.saves)
 
 
@@ -167,9 +176,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="+", choices=list(SHIPPED))
     for name in parser.parse_args().names:
-        if name in ("tales", "questions"):
-            learned("tales-before" if name == "tales" else name)
-        if name != "questions":
+        if name == "questions":
+            learned("tales-before")
+            learned(name)
+        else:
             learned_directly(name)
         ship(name)
 

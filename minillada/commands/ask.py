@@ -15,7 +15,7 @@ from ..decoding.graphs import graphed
 from ..errors import BadInput, BadLuck, check_number, check_one_of, check_whole
 from ..files import CONFIG_CAP, read_json
 from ..model import LLaDA
-from ..sampler import Canvas, Model, SampleConfig, Step, answer_of, stream
+from ..sampler import Canvas, Model, SampleConfig, Step, answer_of, predictor_of, stream
 from ..show.page import FORMS, check_file, save
 from ..show.terminal import watch
 from ..show.trace import Trace
@@ -28,14 +28,15 @@ from .cli import SAMPLING, SWITCHES, add_sampling, sample_config, tell
 
 def guide_of(directory: Path) -> dict:
     """Return what a model directory's generation_config.json says for us: "sampling", fields of SampleConfig;
-    "examples", {"prompt": texts, "fill": texts}; "after_eos", whether a text follows an end of text. {} if nothing.
-    Raises BadInput for another form."""
+    "filling", those for holes inside a text; "examples", {"prompt": texts, "fill": texts}; "after_eos", whether a text
+    follows an end of text. {} if nothing. Raises BadInput for another form."""
     path = directory / "generation_config.json"
     guide = read_json(path, CONFIG_CAP).get("minillada", {}) if path.is_file() else {}
-    sampling = guide.get("sampling", {}) if isinstance(guide, dict) else None
-    if not isinstance(sampling, dict) or sampling.keys() - {*SAMPLING, *SWITCHES}:
-        what = f"{path}: expected fields of SampleConfig in minillada.sampling, got {str(sampling)[:80]}"
-        raise BadInput(f"{what}; correct the file, or delete it")
+    for name in ("sampling", "filling"):
+        fields = guide.get(name, {}) if isinstance(guide, dict) else None
+        if not isinstance(fields, dict) or fields.keys() - {*SAMPLING, *SWITCHES}:
+            what = f"{path}: expected fields of SampleConfig in minillada.{name}, got {str(fields)[:80]}"
+            raise BadInput(f"{what}; correct the file, or delete it")
     return guide
 
 
@@ -63,6 +64,7 @@ class Talker(NamedTuple):
     name: str  # what the user called it
     taught: bool  # to answer messages, as far as its files tell
     begin: list[int]  # see `begin_of`
+    filling: dict  # fields of SampleConfig, for holes inside a text
     writer: Model  # what to sample with: the model, maybe recorded
 
     def config(self, args: argparse.Namespace, prompt_len: int, **more: object) -> SampleConfig:
@@ -158,7 +160,8 @@ def answer_file(args: argparse.Namespace, talker: Talker) -> None:
     with open(args.out, "x", encoding="utf-8") if args.out else nullcontext(sys.stdout) as out, bar_of(total) as bar:
         for first in range(0, len(texts), args.batch_size):
             now = slice(first, first + args.batch_size)
-            canvas = Canvas.continuation(prompts[now], config.gen_len, talker.model.config, device)
+            c = predictor_of(talker.model, config.block).config
+            canvas = Canvas.continuation(prompts[now], config.gen_len, c, device)
             for step in stream(talker.writer, canvas, config, args.seed):  # noqa: B007 the last one has the answers
                 bar.update()
             nfe += step.nfe
@@ -167,7 +170,7 @@ def answer_file(args: argparse.Namespace, talker: Talker) -> None:
                 bar.write(json.dumps({"prompt": text, "answer": talker.tokenizer.decode(new)}), file=out)
                 out.flush()
     if not args.quiet:
-        tell(summary(talker.name, config, args.seed, written, nfe, time.perf_counter() - start))
+        tell(summary(talker, config, args.seed, written, nfe, time.perf_counter() - start))
 
 
 def bar_of(steps: int) -> tqdm:
@@ -175,13 +178,15 @@ def bar_of(steps: int) -> tqdm:
     return tqdm(total=steps, unit="step", delay=1, leave=False, dynamic_ncols=True, disable=None)
 
 
-def summary(name: str, c: SampleConfig, seed: int, written: int, nfe: int, seconds: float) -> str:
+def summary(talker: Talker, c: SampleConfig, seed: int, written: int, nfe: int, seconds: float) -> str:
     """Say in one line what has written, with which settings, and what it took."""
+    block = predictor_of(talker.model, c.block).config.block
     rules = [f"{what} {rule}" for what in ("commit", "revise", "cache") if (rule := getattr(c, what)) not in USUAL]
     rules += [f"cfg_scale {c.cfg_scale:g}"] if c.cfg_scale else []
-    how = ", ".join([f"temperature {c.temperature:g}", f"order {c.remasking}", f"windows of {c.block_len}", *rules])
+    windows = f"blocks of {block}" if block else f"windows of {c.block_len}"
+    how = ", ".join([f"temperature {c.temperature:g}", f"order {c.remasking}", windows, *rules])
     speed = f"{seconds:.1f} s, {written / max(seconds, 1e-9):,.0f} tokens/s"
-    return f"{name}: {how}; {nfe} evaluations, {speed}; seed {seed}"
+    return f"{talker.name}: {how}; {nfe} evaluations, {speed}; seed {seed}"
 
 
 def files_of(args: argparse.Namespace) -> list[str]:
@@ -198,9 +203,10 @@ def make_talker(
     template = ChatTemplate.load(directory, tokenizer)
     last = name.replace("\\", "/").rstrip("/").split("/")[-1].lower()
     taught = "instruct" in last or (template.own and "base" not in last)  # base models too may bring a template
-    begin = begin_of(guide_of(directory), model.config.eos_id)
+    guide = guide_of(directory)
+    begin, filling = begin_of(guide, model.config.eos_id), guide.get("filling", {})
     instruct, writer = not args.raw and (args.chat or taught), graphed(model, getattr(args, "graphs", "auto"))
-    return Talker(model, tokenizer, template, instruct, defaults, name, taught, begin, writer)
+    return Talker(model, tokenizer, template, instruct, defaults, name, taught, begin, filling, writer)
 
 
 def question(args: argparse.Namespace, talker: Talker) -> Question:
@@ -215,7 +221,8 @@ def question(args: argparse.Namespace, talker: Talker) -> Question:
 def to_write(args: argparse.Namespace, talker: Talker, prompt: list[int], start: int) -> Question:
     """Put holes behind a prompt; show the columns from `start` on. Raises BadInput."""
     config, model = talker.config(args, len(prompt)), talker.model
-    canvas = Canvas.continuation([prompt], config.gen_len, model.config, next(model.parameters()).device)
+    c = predictor_of(model, config.block).config
+    canvas = Canvas.continuation([prompt], config.gen_len, c, next(model.parameters()).device)
     return Question(canvas, config, len(prompt), len(prompt) + config.gen_len, start)
 
 
@@ -230,7 +237,7 @@ def to_fill(args: argparse.Namespace, talker: Talker, what: str, text: str) -> Q
         raise BadInput(f"{what}: expected at least one {sign} in the text, got none; write it where text is wanted")
     # One window over all the holes, and nothing after an end of text is thrown away: it is the middle of a text.
     width, model = holes[-1] + 1 - holes[0], talker.model
-    whole = {"gen_len": width, "block_len": width, "ban_eos": True, "stop_at_eos": False}
+    whole = {"gen_len": width, "block_len": width, "ban_eos": True, "stop_at_eos": False, **talker.filling}
     canvas = Canvas.infill([row], model.config, next(model.parameters()).device)
     return Question(canvas, talker.config(args, len(row) - width, **whole), start=len(talker.begin))
 
@@ -248,7 +255,7 @@ def show(args: argparse.Namespace, talker: Talker, asked: Question, steps: Itera
             if bar is not None:
                 bar.update()
     if not (args.quiet or args.chat):
-        tell(summary(talker.name, asked.config, args.seed, written, step.nfe, time.perf_counter() - start))
+        tell(summary(talker, asked.config, args.seed, written, step.nfe, time.perf_counter() - start))
     for form in files_of(args):
         save(Trace.record(seen, talker.tokenizer, start=asked.start), form, getattr(args, form))
         tell(f"{form} written to {getattr(args, form)}")

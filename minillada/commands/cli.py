@@ -31,16 +31,21 @@ SAMPLING = {
     "temperature": "0 takes the most probable token, 1 samples from the model",
     "remasking": "which holes are filled first: low_confidence, random, margin or entropy",
     "commit": "how many per step: quota, threshold:0.9, factor:1, entropy-bound:0.1, klass:0.9,0.01, ancestral or "
-    "first-hitting",
+    "first-hitting; llada2:0.95,32, llada2.1:0.95,0.9, llada2.1-quality or llada2.1-speed",
     "revise": "take tokens back: remdm-cap:0.008, remdm-rescale:0.015, remdm-conf, random-remask or wino:0.6,0.9; each "
     "has a rule of its own for how many to commit",
     "cfg_scale": "guidance towards the prompt; 0 is off",
     "top_k": "draw among the k most probable tokens; 0 is off",
     "top_p": "draw among the most probable tokens that make up this probability",
-    "cache": "compute less in each step: prefix, dual or refresh:50,7,0.25; all three are approximations",
+    "cache": "compute less in each step: prefix, dual or refresh:50,7,0.25, which are approximations; block, which is "
+    "exact and the default of block models",
+    "block": "decode in blocks of so many tokens, which see only what stands before them (default: the model's)",
 }
 SWITCHES = {"ban_eos": "never write the end-of-text token", "defer_eos": "commit the end-of-text token last"}
-TYPES = {field.name: field.type for field in fields(SampleConfig) if field.name in SAMPLING} | {"seed": int}
+TYPES = {field.name: field.type for field in fields(SampleConfig) if field.name in SAMPLING} | {
+    "seed": int,
+    "block": int,
+}
 
 
 def run(main: Callable[[], None]) -> None:
@@ -119,11 +124,14 @@ def sample_config(args: argparse.Namespace, model: ModelConfig, prompt_len: int,
     method = method_of(SampleConfig(**{name: chosen[name] for name in ("commit", "revise") if name in chosen}))
     if "remasking" not in given and not isinstance(method, Quota):  # it goes by the score
         chosen["remasking"] = "low_confidence"
+    in_blocks = chosen.get("block", model.block)
+    if in_blocks:
+        chosen.setdefault("cache", "block")
     left = model.max_len - prompt_len
     room = left if left < 256 else 128
     if room < 1:
         raise BadInput(f"prompt: expected fewer than {model.max_len} tokens, got {prompt_len}; shorten it")
-    block = chosen.get("block_len", min(32, chosen.get("gen_len", room)))
+    block = chosen.get("block_len", 1 if in_blocks else min(32, chosen.get("gen_len", room)))
     length = chosen.get("gen_len", max(room // block, 1) * block)
     if "block_len" not in given and length % block:  # a default gives way
         chosen.pop("block_len", None)

@@ -133,7 +133,7 @@ def fill(args: Namespace, text: str | None = None) -> None:
     words = [i for i, id in enumerate(ids) if re.fullmatch(r" [a-z]{4,}", player.tokenizer.token(id))]
     hidden = sorted(random.Random(args.seed).sample(words, min(3, len(words))))
     row = [c.mask_id if i in hidden else id for i, id in enumerate(ids)]
-    new = player.watch(row, stop_at_eos=False, ban_eos=True)
+    new = player.watch(row, stop_at_eos=False, ban_eos=True, **player.guide.get("filling", {}))
     print()
     for i in hidden:
         old, now = (display(player.tokenizer.token(id)).strip() for id in (ids[i], new[i]))

@@ -132,7 +132,9 @@ def canvas_of(
     c, device = model.config, next(model.parameters()).device
     if not examples[0].after:
         prompts = [encode(example.prompt) for example in examples]
-        return Canvas.continuation(prompts, gen_len, c, device), [slice(max(map(len, prompts)), None)] * len(prompts)
+        canvas = Canvas.continuation(prompts, gen_len, c, device)
+        starts = (canvas.x == c.mask_id).long().argmax(1).tolist()
+        return canvas, [slice(start, start + gen_len) for start in starts]
     texts = [tokenizer.encode_batch([f"\n{e.prompt}", e.answer, e.after]) for e in examples]
     rows = [[*before, *[c.mask_id] * len(answer), *after] for before, answer, after in texts]
     spans = [slice(len(before), len(before) + len(answer)) for before, answer, _ in texts]

@@ -21,13 +21,13 @@ PLAIN = "\x1b[0m"
 # Only the eight colours that every terminal has, so that its own theme decides what they look like.
 STYLE = {"hole": "\x1b[2m", "back": "\x1b[1;31m", "given": ""}
 STYLE |= {"sure": "\x1b[32m", "fair": "\x1b[33m", "poor": "\x1b[35m"}
-NEW = "\x1b[1;7m"  # on top of these
+NEW, EDITED = "\x1b[1;7m", "\x1b[1;4;7m"  # on top of these
 SURE, FAIR = 0.8, 0.4  # at least this probable
 WORDS = re.compile(rf"\s|{HOLE}|[^\s{HOLE}]+")  # what a line is not broken within
 INVISIBLE = {"Mn", "Me", "Cf"}  # categories of Unicode: marks on the letter before, joiners
 
-Frame = tuple[list[int], list[float], list[bool], list[bool]]  # see `pieces`
-Kind = tuple[str, bool]  # a key of STYLE, and whether committed in this step
+Frame = tuple[list[int], list[float], list[int], list[bool]]  # see `pieces`
+Kind = tuple[str, int]  # a key of STYLE, and whether committed in this step (1) over another token (2)
 
 
 def frames(steps: Iterable[Step], row: int = 0, start: int = 0) -> Iterator[tuple[Step, Frame]]:
@@ -35,8 +35,10 @@ def frames(steps: Iterable[Step], row: int = 0, start: int = 0) -> Iterator[tupl
     held = None
     for step in steps:
         held = torch.full_like(step.probability[row], torch.nan) if held is None else held
+        over = step.committed[row] & ~held.isnan() & ~step.revised[row]
+        held = held.masked_fill(step.revised[row], torch.nan)
         held = torch.where(step.committed[row], step.probability[row], held)
-        columns = (step.x[row], held, step.committed[row], step.revised[row])
+        columns = (step.x[row], held, step.committed[row].int() + over.int(), step.revised[row])
         yield step, tuple(tensor[start:].tolist() for tensor in columns)
 
 
@@ -49,10 +51,11 @@ def kind_of(token: int, sure: float, back: bool, mask_id: int) -> str:
 
 
 def pieces(
-    tokens: list[int], held: list[float], new: list[bool], back: list[bool], tokenizer: Tokenizer
+    tokens: list[int], held: list[float], new: list[int], back: list[bool], tokenizer: Tokenizer
 ) -> list[tuple[Kind, str]]:
     """Cut a row of the canvas into texts of one kind; neighbours stay together, as one token may be half a letter.
-    held: each token's probability when it was committed; NaN for the given. new, back: committed, taken back now."""
+    held: each token's probability when it was committed; NaN for the given. new: 1 if committed now, 2 if over another
+    token. back: taken back now."""
     parts = []
     kinds = [(kind_of(t, p, b, tokenizer.mask_id), n) for t, p, n, b in zip(tokens, held, new, back, strict=True)]
     for kind, places in groupby(range(len(tokens)), key=kinds.__getitem__):
@@ -71,7 +74,7 @@ def columns(character: str) -> int:
 def layout(parts: list[tuple[Kind, str]], width: int, colour: bool) -> list[str]:
     """Break the pieces into lines of at most `width` columns: between words, on either side of a hole, and within a
     word only if it is longer than a line."""
-    texts = [(STYLE[kind] + NEW * new, text.expandtabs(4)) for (kind, new), text in parts]
+    texts = [(STYLE[kind] + ("", NEW, EDITED)[new], text.expandtabs(4)) for (kind, new), text in parts]
     styles = iter([style for style, text in texts for _ in text])
     lines, used = [[]], 0  # of (style, character)
     for word in WORDS.findall("".join(text for _, text in texts)):
@@ -96,7 +99,12 @@ def paint(style: str, text: str, colour: bool) -> str:
 def legend(width: int, done: bool) -> list[str]:
     """Return the line that says what the colours mean, or none where it does not fit."""
     words = [(STYLE["sure"], f"≥ {SURE:.0%}"), (STYLE["fair"], f"≥ {FAIR:.0%}"), (STYLE["poor"], "less")]
-    signs = [(STYLE["hole"], f"{HOLE} to come"), (NEW, "new"), (STYLE["back"], f"{HOLE} taken back")]
+    signs = [
+        (STYLE["hole"], f"{HOLE} to come"),
+        (NEW, "new"),
+        (EDITED, "overwritten"),
+        (STYLE["back"], f"{HOLE} taken back"),
+    ]
     words = [(STYLE["hole"], "how sure:"), *words, *(signs if not done else [])]
     fits = sum(len(text) + 2 for _, text in words) - 2 <= width
     return ["  ".join(paint(style, text, True) for style, text in words)] if fits else []

@@ -49,11 +49,12 @@ class Trace:
         x, proposed, probability, committed, revised = columns  # (S,T)
         mask_id, asked = tokenizer.mask_id, ~np.isnan(probability)
         before = np.where(asked, mask_id, proposed)  # after what was taken back, before what was committed
+        before[1:] = np.where(revised[1:], mask_id, x[:-1])  # a token may be asked about, and overwritten
         again = np.zeros_like(asked)
         again[1:] = (asked & ~committed)[:-1] & (proposed[1:] == proposed[:-1])
         where = {
             REVISED: revised,
-            PROPOSED: asked & ~committed & ~again,
+            PROPOSED: asked & ~committed & ~again & (before == mask_id),
             COMMITTED: committed,
             ENDED: (before == mask_id) & ~committed & (x != mask_id),
         }
@@ -94,6 +95,11 @@ class Trace:
                     found.append((at, n, text))
                     free = at + n
         return found
+
+    def edits(self) -> int:
+        """Count how often a token was overwritten by another one, without becoming a hole in between."""
+        events = [(p, k) for p, k in zip(self.position, self.kind, strict=True) if k in (REVISED, COMMITTED)]
+        return sum(a == b == (a[0], COMMITTED) for a, b in pairwise(events))
 
     def spans(self) -> Iterator[tuple[int, int, int, int, float]]:
         """Yield (position, token, first step, step in which it was gone or n_steps, probability) of every token."""

@@ -123,9 +123,16 @@ class TrainConfig(RunConfig):
         check_one_of("preset", self.preset, [name for name in PRESETS if "train" in PRESETS[name]])
         preset, known = PRESETS[self.preset], corpus(self.data)
         common = {"optimizer": "muon", "lr": 0.01, "adam_lr": 0.003, "rows": "windows", "sampling": known.sampling}
-        common |= {"lr": 0.003, "adam_lr": 0.0009} if self.start else {}  # a trained model needs smaller steps
+        if self.start:  # a trained model brings its tokenizer and its sizes, and needs smaller steps
+            if self.tokenizer or self.model:
+                given = self.tokenizer or self.model
+                raise BadInput(
+                    f"tokenizer, model: expected none beside a model to begin with, got {given}; leave it out"
+                )
+            common |= {"lr": 0.003, "adam_lr": 0.0009}
         own = known.train if (self.preset, self.tokenizer, self.length) == ("tiny", None, None) else {}
-        return {**common, "model": preset["model"], **preset["train"], **own}
+        found = {**common, "model": preset["model"], **preset["train"], **own}
+        return {**found, "model": None, "tokenizer": None} if self.start else found
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,7 +144,7 @@ class TrainConfig(RunConfig):
                 raise BadInput(
                     f"block: expected a divisor of the length {self.length}, got {self.block}; change either"
                 )
-        if self.bias_rate and self.model.get("router") != "sigmoid":
+        if self.bias_rate and (self.model or {}).get("router") != "sigmoid":
             raise BadInput(f"bias_rate: expected 0 without a sigmoid router, got {self.bias_rate}; use balance")
 
 
