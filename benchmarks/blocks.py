@@ -129,7 +129,8 @@ def sampling() -> dict[str, float]:
         "dual cache (approximate)": lambda: write(block_len=16, cache="dual"),
         "blocks of 16, no cache": lambda: write(block_len=16, block=16),
         "blocks of 16, exact cache": lambda: write(block_len=16, block=16, cache="block"),
-        "blocks of 16, exact cache, 4 tokens a step": lambda: write(block_len=16, block=16, cache="block", steps=NEW // 4),
+        "blocks of 16, exact cache, 4 tokens a step": lambda: write(
+            block_len=16, block=16, cache="block", steps=NEW // 4),
         "blocks of 4, exact cache": lambda: write(block_len=16, block=4, cache="block"),
         "blocks of 1, exact cache": lambda: write(block_len=16, block=1, cache="block"),
         "twin with its cache": lambda: twin_generate(model, prompt, NEW),
