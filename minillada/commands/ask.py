@@ -14,8 +14,7 @@ from tqdm import tqdm
 from ..decoding.graphs import graphed
 from ..errors import BadInput, BadLuck, check_number, check_one_of, check_whole
 from ..files import CONFIG_CAP, read_json
-from ..model import LLaDA
-from ..sampler import Canvas, Model, SampleConfig, Step, answer_of, stream
+from ..sampler import Canvas, Model, SampleConfig, Step, answer_of, predictor_of, stream
 from ..show.page import FORMS, check_file, save
 from ..show.terminal import watch
 from ..show.trace import Trace
@@ -23,6 +22,7 @@ from ..text.chat import ChatTemplate, check_size
 from ..text.corpora import json_lines, plain_text
 from ..text.tokenizer import Tokenizer, display
 from ..weights.checkpoint import expect_tokenizer
+from ..weights.convert import home_of
 from .cli import SAMPLING, SWITCHES, add_sampling, sample_config, tell
 
 
@@ -30,8 +30,9 @@ def guide_of(directory: Path) -> dict:
     """Return what a model directory's generation_config.json says for us: "sampling", fields of SampleConfig;
     "examples", {"prompt": texts, "fill": texts}; "after_eos", whether a text follows an end of text. {} if nothing.
     Raises BadInput for another form."""
-    path = directory / "generation_config.json"
-    guide = read_json(path, CONFIG_CAP).get("minillada", {}) if path.is_file() else {}
+    with home_of(directory) as home:
+        path = home / "generation_config.json"
+        guide = read_json(path, CONFIG_CAP).get("minillada", {}) if path.is_file() else {}
     sampling = guide.get("sampling", {}) if isinstance(guide, dict) else None
     if not isinstance(sampling, dict) or sampling.keys() - {*SAMPLING, *SWITCHES}:
         what = f"{path}: expected fields of SampleConfig in minillada.sampling, got {str(sampling)[:80]}"
@@ -55,7 +56,7 @@ USUAL = ("quota", "none")  # rules that a summary does not name
 class Talker(NamedTuple):
     """A model with all that is needed to talk with it."""
 
-    model: LLaDA
+    model: Model
     tokenizer: Tokenizer
     template: ChatTemplate
     instruct: bool  # a prompt is a message, put into the template; else a text to go on with
@@ -154,7 +155,7 @@ def answer_file(args: argparse.Namespace, talker: Talker) -> None:
     texts = read_prompts(args.prompts)
     prompts = [talker.encode(text, f"{args.prompts}, prompt {i}") for i, text in enumerate(texts, start=1)]
     config, start, nfe, written = talker.config(args, max(map(len, prompts))), time.perf_counter(), 0, 0
-    device, total = next(talker.model.parameters()).device, -(-len(texts) // args.batch_size) * config.steps
+    device, total = predictor_of(talker.model).device, -(-len(texts) // args.batch_size) * config.steps
     with open(args.out, "x", encoding="utf-8") if args.out else nullcontext(sys.stdout) as out, bar_of(total) as bar:
         for first in range(0, len(texts), args.batch_size):
             now = slice(first, first + args.batch_size)
@@ -190,12 +191,13 @@ def files_of(args: argparse.Namespace) -> list[str]:
 
 
 def make_talker(
-    directory: Path, name: str, model: LLaDA, tokenizer: Tokenizer | None, args: argparse.Namespace, **defaults: object
+    directory: Path, name: str, model: Model, tokenizer: Tokenizer | None, args: argparse.Namespace, **defaults: object
 ) -> Talker:
     """Join a model and its tokenizer with a chat template. name: what the user called the model, which may tell
     whether it was taught to answer. Raises BadInput without a tokenizer."""
     expect_tokenizer(directory, name)
-    template = ChatTemplate.load(directory, tokenizer)
+    with home_of(directory) as home:
+        template = ChatTemplate.load(home, tokenizer)
     last = name.replace("\\", "/").rstrip("/").split("/")[-1].lower()
     taught = "instruct" in last or (template.own and "base" not in last)  # base models too may bring a template
     begin = begin_of(guide_of(directory), model.config.eos_id)
@@ -215,7 +217,7 @@ def question(args: argparse.Namespace, talker: Talker) -> Question:
 def to_write(args: argparse.Namespace, talker: Talker, prompt: list[int], start: int) -> Question:
     """Put holes behind a prompt; show the columns from `start` on. Raises BadInput."""
     config, model = talker.config(args, len(prompt)), talker.model
-    canvas = Canvas.continuation([prompt], config.gen_len, model.config, next(model.parameters()).device)
+    canvas = Canvas.continuation([prompt], config.gen_len, model.config, predictor_of(model).device)
     return Question(canvas, config, len(prompt), len(prompt) + config.gen_len, start)
 
 
@@ -231,7 +233,7 @@ def to_fill(args: argparse.Namespace, talker: Talker, what: str, text: str) -> Q
     # One window over all the holes, and nothing after an end of text is thrown away: it is the middle of a text.
     width, model = holes[-1] + 1 - holes[0], talker.model
     whole = {"gen_len": width, "block_len": width, "ban_eos": True, "stop_at_eos": False}
-    canvas = Canvas.infill([row], model.config, next(model.parameters()).device)
+    canvas = Canvas.infill([row], model.config, predictor_of(model).device)
     return Question(canvas, talker.config(args, len(row) - width, **whole), start=len(talker.begin))
 
 
