@@ -12,16 +12,25 @@ if sys.stderr.isatty():
 import torch
 from tqdm import tqdm
 
-from minillada.commands.ask import add_questions, answer_file, defaults_of, files_of, make_talker, parse, question, show
+from minillada.commands.ask import (
+    add_questions,
+    answer_file,
+    defaults_of,
+    files_of,
+    make_talker,
+    on_llama_cpp,
+    parse,
+    question,
+    show,
+)
 from minillada.commands.chat import chat
 from minillada.commands.cli import Parser, here, on_hub, run, tell
 from minillada.errors import BadInput, check_one_of
-from minillada.model import LLaDA
-from minillada.sampler import stream
+from minillada.sampler import Model, stream
 from minillada.text.chat import ChatTemplate
 from minillada.text.tokenizer import Tokenizer
 from minillada.weights.checkpoint import Report, check, expect_tokenizer, load
-from minillada.weights.convert import home_of
+from minillada.weights.convert import home_of, is_gguf
 from minillada.weights.device import pick_device, slow_experts
 from minillada.weights.hub import fetch
 from minillada.weights.quantize import kinds, memory, quantize
@@ -32,6 +41,7 @@ EXAMPLES = """examples:
   python load_8b.py GSAI-ML/LLaDA-8B-Instruct --check
   python load_8b.py GSAI-ML/LLaDA-8B-Instruct --chat
   python load_8b.py GSAI-ML/LLaDA-8B-Instruct --chat --quantize int4
+  python load_8b.py llada.gguf --chat --threads 4          on llama.cpp: python -m minillada gguf makes such files
   python load_8b.py GSAI-ML/LLaDA-8B-Base --prompt "The capital of France is"
   python load_8b.py path/to/model --prompts questions.jsonl --out answers.jsonl
 """
@@ -90,9 +100,14 @@ def describe_template(home: Path) -> None:
         tell(f"chat template: {'its own' if template.own else 'none of its own'}; answers end at {template.stop_ids}")
 
 
-def load_model(args: Namespace, found: Report, device: str) -> tuple[LLaDA, Tokenizer | None]:
-    """Load onto the device; if few bits are wanted, onto the host first and from there matrix by matrix."""
+def load_model(args: Namespace, found: Report, device: str) -> tuple[Model, Tokenizer | None]:
+    """Load onto the device; if few bits are wanted, onto the host first and from there matrix by matrix. A GGUF file is
+    left to llama.cpp, unless --dtype or --quantize ask for the module."""
     start = time.perf_counter()
+    if is_gguf(found.directory) and not (args.dtype or args.quantize):
+        model, tokenizer = on_llama_cpp(found, args.tokenizer or found.directory, args.device)
+        tell(f"loaded in {time.perf_counter() - start:.1f} s; llama.cpp computes, in {model.threads} threads")
+        return model, tokenizer
     first = "cpu" if args.quantize else device
     which = {"progress": True, "mask_id": args.mask_id, "tokenizer": args.tokenizer}
     model, tokenizer = load(found.directory, first, DTYPES.get(args.dtype), **which)

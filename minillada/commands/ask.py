@@ -9,9 +9,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from ..decoding.graphs import graphed
+from ..decoding.llama_cpp import LlamaCpp
 from ..errors import BadInput, BadLuck, check_number, check_one_of, check_whole
 from ..files import CONFIG_CAP, read_json
 from ..sampler import Canvas, Model, SampleConfig, Step, answer_of, predictor_of, stream
@@ -21,7 +23,7 @@ from ..show.trace import Trace
 from ..text.chat import ChatTemplate, check_size
 from ..text.corpora import json_lines, plain_text
 from ..text.tokenizer import Tokenizer, display
-from ..weights.checkpoint import expect_tokenizer
+from ..weights.checkpoint import Report, expect_tokenizer, fitted, load_tokenizer
 from ..weights.convert import home_of
 from .cli import SAMPLING, SWITCHES, add_sampling, sample_config, tell
 
@@ -110,15 +112,20 @@ def add_questions(parser: argparse.ArgumentParser, required: bool) -> argparse._
     for form, (_, text) in FORMS.items():
         parser.add_argument(f"--{form}", type=Path, metavar="FILE", help=f"a new file: {text}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the processor (default: as many as it has cores)")
     add_sampling(parser)
     return what
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return the options. Raises BadInput and BadLuck for what can be refused before a model is loaded."""
+    """Return the options, and set the number of threads. Raises BadInput and BadLuck for what can be refused before a
+    model is loaded."""
     args = parser.parse_args()
     check_whole("batch_size", args.batch_size, 1)
     check_one_of("graphs", args.graphs, ("auto", "off"))
+    if args.threads is not None:
+        check_whole("threads", args.threads, 1, 1024)
+        torch.set_num_threads(args.threads)
     if args.prompts is not None:
         read_prompts(args.prompts)
     if args.out is not None and (args.prompts is None or args.out.exists()):
@@ -188,6 +195,13 @@ def summary(name: str, c: SampleConfig, seed: int, written: int, nfe: int, secon
 def files_of(args: argparse.Namespace) -> list[str]:
     """Return the forms in which the steps are to be written to a file."""
     return [form for form in FORMS if getattr(args, form) is not None]
+
+
+def on_llama_cpp(found: Report, home: Path, device: str) -> tuple[LlamaCpp, Tokenizer | None]:
+    """Return a GGUF file as a mask predictor that llama.cpp computes, and the tokenizer of `home`. Raises BadInput,
+    BadLuck."""
+    model = LlamaCpp(found.directory, gpu_layers=0 if device == "cpu" else -1, config=found.config)
+    return model, fitted(load_tokenizer(home), found.config)
 
 
 def make_talker(

@@ -139,6 +139,7 @@ def keys_of(c: ModelConfig, kind: str, home: Path | None) -> dict[str, Any]:
     scheme = GGUF[f"GGUF {name}"]
     values = {key: getattr(c, ours) for ours, key in scheme.keys.items() if key not in IDS.values() and key[0] != "("}
     values |= {key: value(c) for key, value in scheme.express.items()} | {"attention.causal": False}
+    values |= {key: float(values[key]) for key in ("rope.freq_base", "attention.layer_norm_rms_epsilon")}
     values |= {"expert_weights_scale": 1.0} if c.n_expert else {}
     keys: dict[str, Any] = {"general.architecture": name, "general.file_type": FILE_TYPES[kind]}
     keys |= {"general.quantization_version": 2}
@@ -196,6 +197,10 @@ def read_config(
     raw["diffusion.shift_logits"] = keys.get("diffusion.shift_logits", False)
     ids = {IDS[ours]: keys.get(f"tokenizer.ggml.{key}") for ours, key in TOLD.items()}
     raw |= {key: id for key, id in ids.items() if id is not None}
+    for key, value in keys.items():  # its twin, by which llama.cpp goes where it keeps keys and values
+        if key.startswith("llama."):
+            twin = keys.get(f"{name}.{key[6:]}")
+            expect(type(value) is type(twin) and value == twin, f"{key} in {path.name}", f"that of {name}", value, fix)
     found = read_fields(raw, scheme, {}, path.name)
     side = parse_side(keys.get("minillada.config"))
     for field in found.keys() & side.keys():
