@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 if sys.stderr.isatty():
     print("loading…", end="\r", file=sys.stderr, flush=True)  # importing PyTorch takes seconds
@@ -11,15 +12,25 @@ if sys.stderr.isatty():
 import torch
 from tqdm import tqdm
 
-from minillada.commands.ask import add_questions, answer_file, defaults_of, files_of, make_talker, parse, question, show
+from minillada.commands.ask import (
+    add_questions,
+    answer_file,
+    defaults_of,
+    files_of,
+    make_talker,
+    on_llama_cpp,
+    parse,
+    question,
+    show,
+)
 from minillada.commands.chat import chat
 from minillada.commands.cli import Parser, here, on_hub, run, tell
 from minillada.errors import BadInput, check_one_of
-from minillada.model import LLaDA
-from minillada.sampler import stream
+from minillada.sampler import Model, stream
 from minillada.text.chat import ChatTemplate
 from minillada.text.tokenizer import Tokenizer
 from minillada.weights.checkpoint import Report, check, expect_tokenizer, load
+from minillada.weights.convert import home_of, is_gguf
 from minillada.weights.device import pick_device, slow_experts
 from minillada.weights.hub import fetch
 from minillada.weights.quantize import kinds, memory, quantize
@@ -30,6 +41,7 @@ EXAMPLES = """examples:
   python load_8b.py GSAI-ML/LLaDA-8B-Instruct --check
   python load_8b.py GSAI-ML/LLaDA-8B-Instruct --chat
   python load_8b.py GSAI-ML/LLaDA-8B-Instruct --chat --quantize int4
+  python load_8b.py llada.gguf --chat --threads 4          on llama.cpp: python -m minillada gguf makes such files
   python load_8b.py GSAI-ML/LLaDA-8B-Base --prompt "The capital of France is"
   python load_8b.py path/to/model --prompts questions.jsonl --out answers.jsonl
 """
@@ -37,7 +49,7 @@ EXAMPLES = """examples:
 
 def options() -> Namespace:
     p = Parser(__doc__, EXAMPLES)
-    p.add_argument("model", help="a directory, a shipped model, or OWNER/NAME on the Hugging Face hub")
+    p.add_argument("model", help="a directory, a shipped model, a GGUF file, or OWNER/NAME on the Hugging Face hub")
     what = add_questions(p, required=True)
     what.add_argument("--check", action="store_true", help="look at config, names, shapes and sizes, read no weights")
     p.add_argument("--deep", action="store_true", help="with --check: read the weights too, for NaN and infinity")
@@ -47,6 +59,7 @@ def options() -> Namespace:
         "--quantize", metavar="BITS", help="int8, int4 or (NVIDIA since Ada) fp8: keep the matrices in so few"
     )
     p.add_argument("--mask-id", type=int, help="the id of [MASK], if neither config.json nor the tokenizer tells it")
+    p.add_argument("--tokenizer", type=Path, metavar="DIR", help="take tokenizer and chat template from here")
     args = parse(p)
     if args.dtype is not None:
         check_one_of("dtype", args.dtype, DTYPES)
@@ -61,8 +74,8 @@ def look(args: Namespace) -> Report:
     """Find out what can be known without reading weights; a model that is not here is fetched first."""
     name = here(args.model, on_hub(args.model), fix="choose one, or give OWNER/NAME of the hub")
     if on_hub(name) and not os.path.lexists(name):
-        return check(fetch(name, args.revision, progress=True), args.deep, mask_id=args.mask_id)
-    return check(name, args.deep, args.revision, args.mask_id)
+        return check(fetch(name, args.revision, progress=True), args.deep, None, args.mask_id, args.tokenizer)
+    return check(name, args.deep, args.revision, args.mask_id, args.tokenizer)
 
 
 def describe(found: Report) -> None:
@@ -78,20 +91,26 @@ def describe(found: Report) -> None:
         raise BadInput(f"weights: expected finite numbers, got NaN or infinity in {few}; fetch the checkpoint again")
 
 
-def describe_template(found: Report) -> None:
+def describe_template(home: Path) -> None:
     """Say which chat template there is, after trying it."""
-    if (found.directory / "tokenizer.json").is_file():
-        template = ChatTemplate.load(found.directory)
+    if (home / "tokenizer.json").is_file():
+        template = ChatTemplate.load(home)
         if template.own:
             template.encode_chat([{"role": "user", "content": "Hi"}])
         tell(f"chat template: {'its own' if template.own else 'none of its own'}; answers end at {template.stop_ids}")
 
 
-def load_model(args: Namespace, found: Report, device: str) -> tuple[LLaDA, Tokenizer | None]:
-    """Load onto the device; if few bits are wanted, onto the host first and from there matrix by matrix."""
+def load_model(args: Namespace, found: Report, device: str) -> tuple[Model, Tokenizer | None]:
+    """Load onto the device; if few bits are wanted, onto the host first and from there matrix by matrix. A GGUF file is
+    left to llama.cpp, unless --dtype or --quantize ask for the module."""
     start = time.perf_counter()
+    if is_gguf(found.directory) and not (args.dtype or args.quantize):
+        model, tokenizer = on_llama_cpp(found, args.tokenizer or found.directory, args.device)
+        tell(f"loaded in {time.perf_counter() - start:.1f} s; llama.cpp computes, in {model.threads} threads")
+        return model, tokenizer
     first = "cpu" if args.quantize else device
-    model, tokenizer = load(found.directory, first, DTYPES.get(args.dtype), progress=True, mask_id=args.mask_id)
+    which = {"progress": True, "mask_id": args.mask_id, "tokenizer": args.tokenizer}
+    model, tokenizer = load(found.directory, first, DTYPES.get(args.dtype), **which)
     if args.quantize:
         quantize(model, args.quantize, device)
     for line in slow_experts(model.config, device, model.embed.weight.dtype):
@@ -110,13 +129,15 @@ def main() -> None:
         check_one_of("quantize", args.quantize, kinds(device))
     found = look(args)
     describe(found)
+    home = args.tokenizer or found.directory
     if args.check:
-        describe_template(found)
+        with home_of(home) as texts:
+            describe_template(texts)
         tell("all well" + ("" if args.deep else "; the weights were not read (--deep does)"))
         return
-    expect_tokenizer(found.directory, args.model)  # before gigabytes are read
+    expect_tokenizer(home, args.model)  # before gigabytes are read
     model, tokenizer = load_model(args, found, device)
-    talker = make_talker(found.directory, args.model, model, tokenizer, args, **defaults_of(found.directory))
+    talker = make_talker(home, args.model, model, tokenizer, args, **defaults_of(home))
     tell(f"prompts are {'messages in the chat template' if talker.instruct else 'texts to go on with'}")
     if args.chat:
         chat(args, talker)

@@ -31,7 +31,9 @@ A model is decoded as its generation_config.json says, unless told otherwise.
 
 def options() -> Namespace:
     p = Parser(__doc__, EXAMPLES)
-    p.add_argument("run", nargs="?", help="a run, a model directory or a shipped model (default: the newest run)")
+    p.add_argument(
+        "run", nargs="?", help="a run, a model directory, a GGUF file or a shipped model (default: the newest run)"
+    )
     p.add_argument("--hub", action="store_true", help="fetch RUN, as OWNER/NAME, from the Hugging Face hub")
     add_questions(p, required=False)
     return parse(p)

@@ -12,6 +12,7 @@ COMMANDS = {  # name -> (module, what it does)
     "report": ("commands.report", "write a report card of a model: bound, samples, flawless stories, speed, curve"),
     "tasks": ("commands.tasks", "write a toy task with known answers"),
     "read": ("commands.read", "read the course in the browser: the code, with its prose and equations beside it"),
+    "gguf": ("commands.gguf", "write a model as one GGUF file, for llama.cpp"),
     "app": ("commands.app", "open a model in the browser"),
     "lm_eval": ("measure.lm_eval", "run lm-evaluation-harness over a model"),
 }

@@ -23,10 +23,11 @@ from ..show.trace import Trace
 from ..text.chat import Message
 from ..text.tasks import make_task
 from ..text.tokenizer import Tokenizer, display
-from ..weights.checkpoint import load, locate
+from ..weights.checkpoint import check, load, locate
+from ..weights.convert import is_gguf
 from ..weights.device import pick_device
 from ..weights.shipped import SHIPPED, shipped
-from .ask import Question, Talker, guide_of, make_talker, question, to_write
+from .ask import Question, Talker, guide_of, make_talker, on_llama_cpp, question, to_write
 from .cli import SWITCHES, TYPES, Parser, runs
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
@@ -102,7 +103,8 @@ def models(device: str, raw: bool) -> Callable[[str], Model]:
     def get(name: str) -> Model:
         directory = locate(name, progress=True)
         guide, how = guide_of(directory), Namespace(raw=raw, chat=False)
-        talker = make_talker(directory, name, *load(directory, device), how, **guide.get("sampling", {}))
+        run = on_llama_cpp(check(directory), directory, device) if is_gguf(directory) else load(directory, device)
+        talker = make_talker(directory, name, *run, how, **guide.get("sampling", {}))
         return Model(talker, *examples_of(name, talker, guide.get("examples", {})))
 
     return get

@@ -9,12 +9,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from ..decoding.graphs import graphed
+from ..decoding.llama_cpp import LlamaCpp
 from ..errors import BadInput, BadLuck, check_number, check_one_of, check_whole
 from ..files import CONFIG_CAP, read_json
-from ..model import LLaDA
 from ..sampler import Canvas, Model, SampleConfig, Step, answer_of, predictor_of, stream
 from ..show.page import FORMS, check_file, save
 from ..show.terminal import watch
@@ -22,7 +23,8 @@ from ..show.trace import Trace
 from ..text.chat import ChatTemplate, check_size
 from ..text.corpora import json_lines, plain_text
 from ..text.tokenizer import Tokenizer, display
-from ..weights.checkpoint import expect_tokenizer
+from ..weights.checkpoint import Report, expect_tokenizer, fitted, load_tokenizer
+from ..weights.convert import home_of
 from .cli import SAMPLING, SWITCHES, add_sampling, sample_config, tell
 
 
@@ -30,8 +32,9 @@ def guide_of(directory: Path) -> dict:
     """Return what a model directory's generation_config.json says for us: "sampling", fields of SampleConfig;
     "filling", those for holes inside a text; "examples", {"prompt": texts, "fill": texts}; "after_eos", whether a text
     follows an end of text. {} if nothing. Raises BadInput for another form."""
-    path = directory / "generation_config.json"
-    guide = read_json(path, CONFIG_CAP).get("minillada", {}) if path.is_file() else {}
+    with home_of(directory) as home:
+        path = home / "generation_config.json"
+        guide = read_json(path, CONFIG_CAP).get("minillada", {}) if path.is_file() else {}
     for name in ("sampling", "filling"):
         fields = guide.get(name, {}) if isinstance(guide, dict) else None
         if not isinstance(fields, dict) or fields.keys() - {*SAMPLING, *SWITCHES}:
@@ -56,7 +59,7 @@ USUAL = ("quota", "none")  # rules that a summary does not name
 class Talker(NamedTuple):
     """A model with all that is needed to talk with it."""
 
-    model: LLaDA
+    model: Model
     tokenizer: Tokenizer
     template: ChatTemplate
     instruct: bool  # a prompt is a message, put into the template; else a text to go on with
@@ -111,15 +114,20 @@ def add_questions(parser: argparse.ArgumentParser, required: bool) -> argparse._
     for form, (_, text) in FORMS.items():
         parser.add_argument(f"--{form}", type=Path, metavar="FILE", help=f"a new file: {text}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the processor (default: as many as it has cores)")
     add_sampling(parser)
     return what
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return the options. Raises BadInput and BadLuck for what can be refused before a model is loaded."""
+    """Return the options, and set the number of threads. Raises BadInput and BadLuck for what can be refused before a
+    model is loaded."""
     args = parser.parse_args()
     check_whole("batch_size", args.batch_size, 1)
     check_one_of("graphs", args.graphs, ("auto", "off"))
+    if args.threads is not None:
+        check_whole("threads", args.threads, 1, 1024)
+        torch.set_num_threads(args.threads)
     if args.prompts is not None:
         read_prompts(args.prompts)
     if args.out is not None and (args.prompts is None or args.out.exists()):
@@ -156,7 +164,7 @@ def answer_file(args: argparse.Namespace, talker: Talker) -> None:
     texts = read_prompts(args.prompts)
     prompts = [talker.encode(text, f"{args.prompts}, prompt {i}") for i, text in enumerate(texts, start=1)]
     config, start, nfe, written = talker.config(args, max(map(len, prompts))), time.perf_counter(), 0, 0
-    device, total = next(talker.model.parameters()).device, -(-len(texts) // args.batch_size) * config.steps
+    device, total = predictor_of(talker.model).device, -(-len(texts) // args.batch_size) * config.steps
     with open(args.out, "x", encoding="utf-8") if args.out else nullcontext(sys.stdout) as out, bar_of(total) as bar:
         for first in range(0, len(texts), args.batch_size):
             now = slice(first, first + args.batch_size)
@@ -194,13 +202,21 @@ def files_of(args: argparse.Namespace) -> list[str]:
     return [form for form in FORMS if getattr(args, form) is not None]
 
 
+def on_llama_cpp(found: Report, home: Path, device: str) -> tuple[LlamaCpp, Tokenizer | None]:
+    """Return a GGUF file as a mask predictor that llama.cpp computes, and the tokenizer of `home`. Raises BadInput,
+    BadLuck."""
+    model = LlamaCpp(found.directory, gpu_layers=0 if device == "cpu" else -1, config=found.config)
+    return model, fitted(load_tokenizer(home), found.config)
+
+
 def make_talker(
-    directory: Path, name: str, model: LLaDA, tokenizer: Tokenizer | None, args: argparse.Namespace, **defaults: object
+    directory: Path, name: str, model: Model, tokenizer: Tokenizer | None, args: argparse.Namespace, **defaults: object
 ) -> Talker:
     """Join a model and its tokenizer with a chat template. name: what the user called the model, which may tell
     whether it was taught to answer. Raises BadInput without a tokenizer."""
     expect_tokenizer(directory, name)
-    template = ChatTemplate.load(directory, tokenizer)
+    with home_of(directory) as home:
+        template = ChatTemplate.load(home, tokenizer)
     last = name.replace("\\", "/").rstrip("/").split("/")[-1].lower()
     taught = "instruct" in last or (template.own and "base" not in last)  # base models too may bring a template
     guide = guide_of(directory)
@@ -221,8 +237,8 @@ def question(args: argparse.Namespace, talker: Talker) -> Question:
 def to_write(args: argparse.Namespace, talker: Talker, prompt: list[int], start: int) -> Question:
     """Put holes behind a prompt; show the columns from `start` on. Raises BadInput."""
     config, model = talker.config(args, len(prompt)), talker.model
-    c = predictor_of(model, config.block).config
-    canvas = Canvas.continuation([prompt], config.gen_len, c, next(model.parameters()).device)
+    predict = predictor_of(model, config.block)
+    canvas = Canvas.continuation([prompt], config.gen_len, predict.config, predict.device)
     return Question(canvas, config, len(prompt), len(prompt) + config.gen_len, start)
 
 
@@ -238,7 +254,7 @@ def to_fill(args: argparse.Namespace, talker: Talker, what: str, text: str) -> Q
     # One window over all the holes, and nothing after an end of text is thrown away: it is the middle of a text.
     width, model = holes[-1] + 1 - holes[0], talker.model
     whole = {"gen_len": width, "block_len": width, "ban_eos": True, "stop_at_eos": False, **talker.filling}
-    canvas = Canvas.infill([row], model.config, next(model.parameters()).device)
+    canvas = Canvas.infill([row], model.config, predictor_of(model).device)
     return Question(canvas, talker.config(args, len(row) - width, **whole), start=len(talker.begin))
 
 

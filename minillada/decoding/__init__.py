@@ -1,7 +1,8 @@
 """Ways to decode beyond LLaDA's own, one published method a file.
 
 Each file adds names to the tables of `strategies.py` when it is imported, so the course imports none of them. To add a
-method, write one file, which imports the course alone, and name it here.
+method, write one file, which imports the course alone, and name it here. `llama_cpp.py` is not imported before it is
+needed: it is no method but a mask predictor, which evaluates a GGUF file with llama.cpp.
 """
 
 from . import (  # noqa: F401

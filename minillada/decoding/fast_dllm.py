@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..errors import BadInput
 from ..model import KVCache
-from ..strategies import CACHES, COMMITS, Ask, Guess, Method, Now, Whole, surest
+from ..strategies import CACHES, COMMITS, Ask, Guess, MaskPredictor, Method, Now, Whole, surest
 
 
 class Threshold(Method):
@@ -53,8 +54,16 @@ class WindowCache:
         return self.predict(part._replace(positions=positions), self.cache)
 
 
+def of_module(cache: str, predict: MaskPredictor) -> Whole:
+    """Return the predictor if it evaluates the module, of which any part can be computed again. Raises BadInput."""
+    if not isinstance(predict, Whole):
+        what = f"cache: expected none or prefix with {type(predict).__name__}, got {cache}"
+        raise BadInput(f"{what}; leave it out, or load the model into the module")
+    return predict
+
+
 COMMITS |= {"threshold": Threshold, "factor": Factor}
 CACHES |= {  # prefix reuses what stands before the window, dual also what stands behind it
     "prefix": lambda: lambda predict, given: WindowCache(predict, lambda window, length: slice(window.start, length)),
-    "dual": lambda: lambda predict, given: WindowCache(predict, lambda window, length: window),
+    "dual": lambda: lambda predict, given: WindowCache(of_module("dual", predict), lambda window, length: window),
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import BadInput, check_number, check_whole
 from ..model import attend, rotary_angles
 from ..strategies import CACHES, Ask, Whole
+from .fast_dllm import of_module
 
 
 class Refresh:
@@ -104,7 +105,7 @@ def refresh(prompt_every: int = 50, answer_every: int = 7, share: float = 0.25) 
     check_whole("cache refresh, prompt_every", prompt_every, 1)
     check_whole("cache refresh, answer_every", answer_every, 1)
     check_number("cache refresh, share", share, 0.0, 1.0)
-    return lambda predict, given: Refresh(predict, given, prompt_every, answer_every, share)
+    return lambda predict, given: Refresh(of_module("refresh", predict), given, prompt_every, answer_every, share)
 
 
 CACHES["refresh"] = refresh

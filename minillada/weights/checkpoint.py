@@ -1,4 +1,4 @@
-"""Load, save and check Hugging Face directories: safetensors and JSON, never code or pickle.
+"""Load, save and check Hugging Face directories: safetensors and JSON, never code or pickle. Load GGUF files too.
 
 The config, the headers and the names and shapes of the tensors are all checked before memory is taken or a weight is
 read. What does not fit exactly is refused in one line: BadInput, or BadLuck if the machine is to blame.
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,12 +24,16 @@ from ..errors import BadInput, check_whole
 from ..files import confined, expect, listed, one_line
 from ..model import LLaDA, ModelConfig
 from ..text.tokenizer import Tokenizer
-from . import hub
+from . import gguf, hub
+from .convert import GGUF, home_of, is_gguf, read_pieces
+from .convert import read_config as read_gguf_config
 from .device import check_memory
 from .headers import DTYPES, INDEX, SINGLE, Entry, read_headers
 from .schemes import SCHEMES, SIDE, Scheme, read_config, write_config
 from .shipped import HOME, shipped
 
+NAMES = SCHEMES | GGUF  # Report.scheme -> the names of the tensors
+STORED = {"f16": torch.float16, "bf16": torch.bfloat16}  # kind of a GGUF tensor -> its dtype here; float32 for others
 CHUNK = 1 << 24  # bytes read at a time
 Plan = dict[str, list[Tensor]]  # tensor of the files -> the parameters (or single experts) that are its rows
 
@@ -37,10 +42,10 @@ Plan = dict[str, list[Tensor]]  # tensor of the files -> the parameters (or sing
 class Report:
     """What a checkpoint is, as far as its headers tell."""
 
-    directory: Path
+    directory: Path  # or a GGUF file
     scheme: str
     config: ModelConfig
-    entries: dict[str, Entry] = field(repr=False)  # every tensor of the files
+    entries: dict[str, Entry | gguf.Stored] = field(repr=False)  # every tensor of the files
     meta: LLaDA = field(repr=False)  # the module, without memory
     hashes: dict[str, dict] = field(repr=False)  # the manifest, if the checkpoint is ours
     non_finite: tuple[str, ...] = ()  # after a deep check: tensors with NaN or infinity
@@ -55,7 +60,14 @@ class Report:
 
     @property
     def dtypes(self) -> list[str]:
-        return sorted({str(entry.dtype).removeprefix("torch.") for entry in self.entries.values()})
+        return sorted({entry.kind for entry in self.entries.values()})
+
+    def dtype_of(self, ours: str) -> torch.dtype:
+        """Return the dtype in which the files, or what is unpacked from them, hold a parameter of the module."""
+        entry = self.entries[NAMES[self.scheme].name_of(ours)]
+        if isinstance(entry, Entry):
+            return entry.dtype
+        return torch.float32 if len(set(self.dtypes) - {"f32"}) > 1 else STORED.get(entry.kind, torch.float32)
 
 
 def load(
@@ -65,16 +77,18 @@ def load(
     revision: str | None = None,
     progress: bool = False,
     mask_id: int | None = None,
+    tokenizer: str | Path | None = None,
 ) -> tuple[LLaDA, Tokenizer | None]:
     """Return the model, in eval mode, and the tokenizer if there is one, of a directory, a run (its newest whole
-    checkpoint), or the hub (revision: a branch, tag or commit). dtype: None for the files'. mask_id: if they lack it.
+    checkpoint), a GGUF file, or the hub (revision: a branch, tag or commit). dtype: None for the files'. mask_id: if
+    they lack it. tokenizer: a directory with a tokenizer to take instead, for GGUF files without one.
     Raises BadInput for what does not fit exactly, BadLuck if a file, the network or memory is missing."""
     with one_line(f"device: expected one of this machine for {str(device)!r}", "use cpu", faults=Exception):
         device = torch.empty(0, device=device).device
     directory = locate(path_or_hub_id, revision, progress)
     if directory.parent == HOME and dtype is None:
         dtype = torch.float32  # stored in half of that, which many processors compute slowly with
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(Path(tokenizer or directory))
     report = inspect(directory, tokenizer, mask_id)
     model, dtypes = report.meta.eval(), target_dtypes(report, dtype)
     shapes = {name: p.shape for name, p in weights(model).items()}
@@ -84,34 +98,45 @@ def load(
     if report.config.tie_head:
         model.head.weight = model.embed.weight
     with tqdm(total=report.n_bytes, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
-        for _, slot, read in read_tensors(report, model):
+        for name, slot, read in read_tensors(report, model):
             if slot is not read:
                 slot.copy_(read)
-            bar.update(read.nbytes)
-    if tokenizer is not None and tokenizer.mask_id != model.config.mask_id:  # its files did not tell the mask
-        tokenizer = Tokenizer(tokenizer.inner, {"mask": model.config.mask_id})
-    return model, tokenizer
+            bar.update(len(read) * report.entries[name].nbytes // math.prod(report.entries[name].shape))
+    return model, fitted(tokenizer, report.config)
+
+
+def fitted(tokenizer: Tokenizer | None, config: ModelConfig) -> Tokenizer | None:
+    """Return the tokenizer with the model's mask, which its own files may not tell."""
+    known = tokenizer is None or tokenizer.mask_id == config.mask_id
+    return tokenizer if known else Tokenizer(tokenizer.inner, {"mask": config.mask_id})
 
 
 def check(
-    path_or_hub_id: str | Path, deep: bool = False, revision: str | None = None, mask_id: int | None = None
+    path_or_hub_id: str | Path,
+    deep: bool = False,
+    revision: str | None = None,
+    mask_id: int | None = None,
+    tokenizer: Path | None = None,
 ) -> Report:
     """Find out what a checkpoint is; if deep, look for NaN and infinity. Raises as `load`, except for memory."""
     directory = locate(path_or_hub_id, revision)
-    report = inspect(directory, load_tokenizer(directory), mask_id)
+    report = inspect(directory, load_tokenizer(tokenizer or directory), mask_id)
     read = read_tensors(report, report.meta) if deep else []
     bad = dict.fromkeys(name for name, _, piece in read if not piece.isfinite().all())
     return replace(report, non_finite=tuple(bad))
 
 
 def locate(path_or_hub_id: str | Path, revision: str | None = None, progress: bool = False) -> Path:
-    """Return the directory of a checkpoint: what exists here, else a model that comes with the package, else one of
-    the hub. Of a run it is the newest whole checkpoint; a warning names each newer one that is damaged."""
+    """Return the directory of a checkpoint, or its GGUF file: what exists here, else a model that comes with the
+    package, else one of the hub. Of a run it is the newest whole checkpoint; a warning names each newer one that is
+    damaged."""
     path = Path(path_or_hub_id)
     if not str(path_or_hub_id) or not os.path.lexists(path):
         return shipped(str(path_or_hub_id)) or hub.fetch(str(path_or_hub_id), revision, progress)
     if revision is not None:
         raise BadInput(f"revision: expected none, since {path} is a directory here, got {revision!r}; leave it out")
+    if is_gguf(path):
+        return path
     if not path.is_dir():
         raise BadInput(f"{path}: expected a directory with config.json, got something else; give its directory")
     if not (path / "run.json").exists():
@@ -124,33 +149,42 @@ def locate(path_or_hub_id: str | Path, revision: str | None = None, progress: bo
     return newest
 
 
-def load_tokenizer(directory: Path) -> Tokenizer | None:
-    if not os.path.lexists(directory / "tokenizer.json"):
-        return None
-    confined(directory, "tokenizer.json")
-    return Tokenizer.load(directory)
+def load_tokenizer(path: Path) -> Tokenizer | None:
+    """Return the tokenizer of a directory or a GGUF file, None if there is none."""
+    with home_of(path) as directory:
+        if not os.path.lexists(directory / "tokenizer.json"):
+            return None
+        confined(directory, "tokenizer.json")
+        return Tokenizer.load(directory)
 
 
-def expect_tokenizer(directory: Path, name: str) -> None:
-    if not (directory / "tokenizer.json").is_file():
-        raise BadInput(f"{name}: expected a tokenizer.json, got none; save the model with its tokenizer")
+def expect_tokenizer(path: Path, name: str) -> None:
+    with home_of(path) as directory:
+        if (directory / "tokenizer.json").is_file():
+            return
+        fix = "give one with --tokenizer" if is_gguf(path) else "save the model with its tokenizer"
+        raise BadInput(f"{name}: expected a tokenizer.json, got none; {fix}")
 
 
 def inspect(directory: Path, tokenizer: Tokenizer | None, mask_id: int | None) -> Report:
     """Check everything that can be checked before memory is taken. Raises BadInput, BadLuck."""
-    ours = os.path.lexists(directory / files.MANIFEST)
-    hashes = files.verify_manifest(directory, sizes_only=".safetensors") if ours else {}
-    scheme, config = read_config(directory, tokenizer, mask_id)
+    hashes, header = {}, gguf.read_header(directory) if is_gguf(directory) else None
+    if header is not None:
+        scheme, config = read_gguf_config(directory, header, tokenizer, mask_id)
+    else:
+        if os.path.lexists(directory / files.MANIFEST):
+            hashes = files.verify_manifest(directory, sizes_only=".safetensors")
+        scheme, config = read_config(directory, tokenizer, mask_id)
     size = getattr(tokenizer, "vocab_size", 0)
     expect(size <= config.embedding_size, "tokenizer.json", f"at most the model's {config.embedding_size} ids", size,
            "use the tokenizer that belongs to the model")  # fmt: skip
-    entries = read_headers(directory)
-    experts = 3 * config.n_expert * (config.n_layer - len(config.dense_layers))
+    entries = read_headers(directory) if header is None else header.tensors
+    experts = 0 if header else 3 * config.n_expert * (config.n_layer - len(config.dense_layers))
     expect(len(entries) >= 5 * config.n_layer + experts, "tensors", f"those of {config.n_layer} layers", len(entries),
            "use a config.json and weights that belong together")  # fmt: skip
     with torch.device("meta"):
         meta = LLaDA(config)
-    if wrong := mismatches(meta, SCHEMES[scheme], entries):
+    if wrong := mismatches(meta, NAMES[scheme], entries):
         raise BadInput(f"tensors: expected those of config.json, got {listed(wrong)}; use files that belong together")
     return Report(directory, scheme, config, entries, meta, hashes)
 
@@ -176,7 +210,9 @@ def mismatches(meta: LLaDA, scheme: Scheme, entries: dict[str, Entry]) -> list[s
     plan = plan_tensors(meta, scheme)
     wanted = {name: [sum(map(len, parts)), *parts[0].shape[1:]] for name, parts in plan.items()}
     found = {name: list(entry.shape) for name, entry in entries.items()}
-    if wanted == found:  # then compare dtypes: all have the embedding's, except routers, which are often wider
+    if wanted == found and isinstance(
+        next(iter(entries.values())), Entry
+    ):  # then compare dtypes: all have the embedding's, except routers, which are often wider
         routers = {scheme.name_of(ours) for ours in weights(meta) if ".router" in ours}
         found = {name: entry.dtype for name, entry in entries.items() if name not in routers}
         wanted = dict.fromkeys(found, found[scheme.name_of("embed.weight")])
@@ -187,17 +223,22 @@ def mismatches(meta: LLaDA, scheme: Scheme, entries: dict[str, Entry]) -> list[s
 def target_dtypes(report: Report, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
     """Return the dtype of each weight: one for all; a router may stay wider, since rounding could change its choice."""
     expect(dtype is None or dtype in DTYPES.values(), "dtype", "a torch floating dtype", dtype, "use torch.bfloat16")
-    held = lambda ours: report.entries[SCHEMES[report.scheme].name_of(ours)].dtype
-    main = dtype or held("embed.weight")
+    main, held = dtype or report.dtype_of("embed.weight"), report.dtype_of
     return {ours: torch.promote_types(held(ours), main) if ".router" in ours else main for ours in weights(report.meta)}
 
 
 def read_tensors(report: Report, model: LLaDA) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Read every file once, front to back; yield (name of the tensor, where it belongs in the model, what was read):
     flat pieces of equal length. What needs conversion is read into a buffer, so use each piece before asking for the
-    next. Raises BadInput if a file that we saved has another SHA-256 now, BadLuck if it cannot be read."""
+    next. Raises BadInput if a file that we saved has another SHA-256 now, or for a kind of GGUF tensor that is not
+    unpacked here, BadLuck if it cannot be read."""
     # `safetensors.safe_open` maps a whole file, twice while it opens it: more memory than 1.2 times the weights.
-    plan, buffer = plan_tensors(model, SCHEMES[report.scheme]), torch.empty(CHUNK, dtype=torch.uint8)
+    plan, buffer = plan_tensors(model, NAMES[report.scheme]), torch.empty(CHUNK, dtype=torch.uint8)
+    if is_gguf(report.directory):
+        for name, stored in report.entries.items():
+            for slot, read in read_pieces(report.directory, name, stored, plan[name][0], report.config):
+                yield name, slot, read
+        return
     for file in report.files:
         path, digest, ours = confined(report.directory, file), hashlib.sha256(), file in report.hashes
         entries = sorted((e.offset, name, e.dtype) for name, e in report.entries.items() if e.file == file)
@@ -215,6 +256,20 @@ def read_tensors(report: Report, model: LLaDA) -> Iterator[tuple[str, Tensor, Te
                     yield name, slot, read
         if ours:
             files.compare(file, report.hashes[file], {"sha256": digest.hexdigest()})
+
+
+def read_parameter(report: Report, ours: str) -> Tensor:
+    """Return one parameter of the module, read from a directory's files, so that no more is in memory. For schemes that
+    fuse nothing. Raises BadLuck if it cannot be read."""
+    name, wanted = SCHEMES[report.scheme].name_of(ours), weights(report.meta)[ours]
+    found = [report.entries[name.format(e=e)] for e in range(len(wanted) if "{e}" in name else 1)]
+    parts = []
+    for entry in found:
+        with one_line(f"{entry.file}: expected to read it", "check the disk"):
+            path = confined(report.directory, entry.file)
+            data = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.offset)
+        parts.append(torch.from_numpy(data).view(entry.dtype).view(entry.shape))
+    return torch.stack(parts) if "{e}" in name else parts[0]
 
 
 def save(model: LLaDA, directory: str | Path, tokenizer: Tokenizer | None = None, shard_bytes: int = 5 * 10**9) -> None:

@@ -32,6 +32,10 @@ class Entry(NamedTuple):
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def kind(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
 
 def read_headers(directory: Path) -> dict[str, Entry]:
     """Return every tensor of a checkpoint by name; of several files, the index must agree with their headers."""

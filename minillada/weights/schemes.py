@@ -190,7 +190,11 @@ def read_config(directory: Path, tokenizer: Tokenizer | None, mask_id: int | Non
     raw = read_json(confined(directory, "config.json"), CONFIG_CAP)
     side = read_json(confined(directory, SIDE), CONFIG_CAP) if os.path.lexists(directory / SIDE) else {}
     scheme = recognise(raw)
-    found = read_fields(raw, SCHEMES[scheme], side)
+    return scheme, complete(read_fields(raw, SCHEMES[scheme], side), raw, tokenizer, mask_id)
+
+
+def complete(found: dict[str, Any], raw: dict, tokenizer: Tokenizer | None, mask_id: int | None) -> ModelConfig:
+    """Make a config of the fields found; ids that the keys of `raw` do not tell are the tokenizer's or KNOWN_IDS."""
     known = KNOWN_IDS.get(found.get("embedding_size") or found["vocab_size"], {})
     for name, key in IDS.items():
         if found.get(name) is None and (key not in raw or name == "mask_id"):
@@ -205,7 +209,7 @@ def read_config(directory: Path, tokenizer: Tokenizer | None, mask_id: int | Non
     config = ModelConfig(**found)
     # This bounds the list of tensor names that is made next.
     expect(config.n_layer * max(config.n_expert, 1) <= 2**15, "experts", "at most 32768 in all layers", config.n_expert)
-    return scheme, config
+    return config
 
 
 def recognise(raw: dict) -> str:
@@ -217,20 +221,21 @@ def recognise(raw: dict) -> str:
     raise BadInput(f"config.json: expected the keys of one scheme ({known}), got none of them; use a LLaDA checkpoint")
 
 
-def read_fields(raw: dict, scheme: Scheme, side: dict) -> dict[str, Any]:
+def read_fields(raw: dict, scheme: Scheme, side: dict, source: str = "config.json") -> dict[str, Any]:
     """Return the fields of ModelConfig in a config.json, of the right types; ids may be missing. Raises BadInput."""
     keys, fixed = [*scheme.keys.values(), *scheme.express], scheme.fixed | scheme.rare
     known = {*COMMON, *keys, *scheme.spare.values(), *fixed, *scheme.ignored}
     if unknown := [repr(key) for key, value in raw.items() if key not in known and value is not None]:
         fix = "remove one only if it cannot change the model"
-        raise BadInput(f"config.json: expected only keys that are implemented here, got {listed(unknown)}; {fix}")
+        raise BadInput(f"{source}: expected only keys that are implemented here, got {listed(unknown)}; {fix}")
     values = {**dict.fromkeys(IDS.values()), **scheme.absent, **scheme.rare, **raw}
     for key, wanted in fixed.items():
-        expect(same(values.get(key), wanted), key, f"{wanted!r}, all that is implemented here", values.get(key))
+        what = f"{wanted!r}, all that is implemented here"
+        files.expect(same(values.get(key), wanted), key, what, values.get(key), f"change that value in {source}")
     if absent := [key for key in keys if key not in values]:
-        raise BadInput(f"config.json: expected the keys of its scheme, got no {listed(absent)}; add them there")
+        raise BadInput(f"{source}: expected the keys of its scheme, got no {listed(absent)}; add them there")
     found = {name: values[key] for name, key in (scheme.keys | scheme.spare).items() if key in values}
-    check_types(found, "config.json")
+    check_types(found, source)
     check_types(side, SIDE)
     return {"vocab_size": found["embedding_size"]} | found | scheme.derive(values, found) | side
 
