@@ -123,10 +123,10 @@ def sample_config(args: argparse.Namespace, model: ModelConfig, prompt_len: int,
     room = left if left < 256 else 128
     if room < 1:
         raise BadInput(f"prompt: expected fewer than {model.max_len} tokens, got {prompt_len}; shorten it")
-    block = chosen.get("block_len", min(32, chosen.get("gen_len", room)))
+    block = chosen.get("block_len", 32)
+    if "block_len" not in given:  # a default gives way
+        block = min(chosen.pop("block_len", block), chosen.get("gen_len", room))
     length = chosen.get("gen_len", max(room // block, 1) * block)
-    if "block_len" not in given and length % block:  # a default gives way
-        chosen.pop("block_len", None)
     check_whole("seed", args.seed, 0, 2**63 - 1)
     check_whole("gen_len", length, 1, model.max_len - prompt_len, "the model's length leaves no more")
     fitted = {"gen_len": length, "block_len": length if length % block else block, "steps": length}
