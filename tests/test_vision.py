@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import runpy
 import shutil
 import sys
@@ -18,17 +19,19 @@ from talkers import SPECIAL, ids, write_template, write_tokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 import minillada
-from minillada import BadInput, BadLuck, SampleConfig
+from minillada import BadInput, BadLuck, SampleConfig, SFTConfig
 from minillada.commands.ask import SYSTEM, make_talker
 from minillada.commands.cli import run
 from minillada.measure.likelihood import log_likelihood
+from minillada.text.scenes import COLOURS, Thing, caption, draw, questions, scene, shapes, unseen, write_scenes
 from minillada.training.config import IDS, PRESETS
+from minillada.training.sft import read_items, teach
 from minillada.weights.checkpoint import blank, check, weights
-from minillada.weights.pictures import LARGEST, Tiles, best_grid, count, field, open_picture, tile
+from minillada.weights.pictures import LARGEST, Tiles, best_grid, field, n_patches, open_picture, tile
 from minillada.weights.quantize import quantize
 from minillada.weights.schemes import TOWER_NAMES
 from minillada.weights.tower import TOWER, TOWERS, Tower, Vision, read_vision
-from minillada.weights.vision import with_vision
+from minillada.weights.vision import with_album, with_vision
 
 Image = pytest.importorskip("PIL.Image", reason="pictures need: pip install minillada[vision]")
 HOME = GOLDEN / "llada_v"
@@ -63,7 +66,7 @@ def test_the_tiles_are_the_official_ones(name, model, expected):
     vision, case = model.embed.vision, CASES[name]
     tiles = tile(open_picture(HOME / case["file"]), vision.image_size, case["image_aspect_ratio"], vision.grids)
     assert torch.equal(tiles.pixels, expected[f"{name}.tiles"])
-    assert len(tiles.pixels) == case["n_tiles"] and count(tiles, vision.side) == case["n_image_tokens"]
+    assert len(tiles.pixels) == case["n_tiles"] and n_patches(tiles, vision.side) == case["n_image_tokens"]
 
 
 def test_the_tower_gets_the_official_values(model, expected, monkeypatch):
@@ -201,12 +204,12 @@ def test_quantised_weights_see_as_before(model):
 )
 def test_the_published_tiling_makes_so_many_tokens(size, grid, tokens):
     assert best_grid(size, 384, GRIDS) == grid
-    assert count(Tiles(torch.empty(0), grid, size, 4.0), 27) == tokens
+    assert n_patches(Tiles(torch.empty(0), grid, size, 4.0), 27) == tokens
 
 
 def test_no_picture_makes_more_tokens_than_the_limit_allows():
     sizes = [(w, h) for w in range(50, 2400, 117) for h in range(50, 2400, 117)]
-    most = max(count(Tiles(torch.empty(0), best_grid(size, 384, GRIDS), size, 4.0), 27) for size in sizes)
+    most = max(n_patches(Tiles(torch.empty(0), best_grid(size, 384, GRIDS), size, 4.0), 27) for size in sizes)
     assert 4000 < most <= 4293
 
 
@@ -513,3 +516,159 @@ def test_without_pillow_one_line_says_what_to_install(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(BadLuck, match=r"picture: expected Pillow, got none; pip install 'minillada\[vision\]'"):
         minillada.see(model, HOME / "square.png")
+
+
+# ---- learning to see -------------------------------------------------------------------------------------------------
+
+EYES = Vision(width=8, d_ff=16, n_layer=1, n_head=2, image_size=48, patch_size=16)
+RUN = {"steps": 2, "batch_size": 4, "eval_every": 2, "precision": "float32"}
+
+
+@pytest.fixture(scope="module")
+def school(tmp_path_factory):
+    """A newborn model that could see, and lessons about pictures."""
+    home = tmp_path_factory.mktemp("school")
+    write_scenes(home, shapes(), {1: 4, 2: 6})
+    tokenizer = minillada.Tokenizer.bpe([(home / "scenes.jsonl").read_text()], 320)
+    ids = {"mask_id": tokenizer.mask_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    model = tiny_model(vocab_size=tokenizer.vocab_size, max_len=96, **ids)
+    minillada.save(with_vision(model, EYES, torch.Generator().manual_seed(0)), home / "newborn", tokenizer)
+    return home
+
+
+def lesson(school, name="scenes.jsonl", **more):
+    return SFTConfig(data=str(school / name), start=str(school / "newborn"), **{**RUN, **more})
+
+
+def test_a_tower_learns_with_the_loss_of_sft(school, tmp_path):
+    *_, last = minillada.train(lesson(school, out=str(tmp_path / "run")))
+    before, after = minillada.load(school / "newborn")[0], minillada.load(tmp_path / "run")[0]
+    changed = {
+        name for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if (a != b).any()
+    }
+    assert {"embed.tower.patch.weight", "embed.tower.layers.0.q.weight", "embed.projector.2.bias"} <= changed
+    assert not any("post_norm" in name for name in changed) and last.bound is not None
+    assert after.embed.vision == EYES and type(after.config) is minillada.ModelConfig
+
+
+def test_training_looks_at_a_picture_as_see_does(school):
+    model, tokenizer = minillada.load(school / "newborn")
+    items = read_items(school / "scenes.jsonl", teach(school / "newborn", tokenizer), model.config, vision=EYES)
+    lines = [json.loads(line) for line in (school / "scenes.jsonl").read_text().splitlines()]
+    assert len(items.album) == len({line["image"] for line in lines}) == 10
+    rows = [prompt for item in items.learned[:5] for prompt, _ in item]
+    learning = with_album(minillada.load(school / "newborn")[0], items.album)
+    for row, line in zip(rows, lines, strict=False):
+        n = sum(id >= model.config.embedding_size for id in row)
+        seeing, picture = minillada.see(model, school / line["image"])
+        assert len(picture) == n == 10
+        torch.testing.assert_close(learning.embed(torch.tensor(row[:n])), seeing.embed(torch.tensor(picture)))
+    width = max(map(len, rows))
+    batch = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    alone = torch.stack([learning.embed(row[None])[0] for row in batch])
+    torch.testing.assert_close(learning.embed(batch), alone)
+
+
+def test_an_interrupted_lesson_goes_on_bit_for_bit(school, tmp_path):
+    whole = list(minillada.train(lesson(school, steps=4, checkpoint_every=2)))
+    config = lesson(school, steps=4, checkpoint_every=2, out=str(tmp_path / "run"))
+    steps = minillada.train(config)
+    assert [next(steps).loss, next(steps).loss] == [step.loss for step in whole[:2]]
+    steps.close()
+    resumed = list(minillada.train(resume=tmp_path / "run"))
+    assert [step.loss for step in resumed] == [step.loss for step in whole[2:]]
+
+
+def test_another_picture_under_the_same_name_is_other_data(school, tmp_path):
+    shutil.copytree(school, tmp_path / "school")
+    config = lesson(tmp_path / "school", steps=4, checkpoint_every=2, out=str(tmp_path / "run"))
+    steps = minillada.train(config)
+    next(steps), next(steps)
+    steps.close()
+    first = json.loads((school / "scenes.jsonl").read_text().splitlines()[0])["image"]
+    Image.new("RGB", (48, 48)).save(tmp_path / "school" / first)
+    with pytest.raises(BadInput, match="data: expected the text this run began with, got another"):
+        next(minillada.train(resume=tmp_path / "run"))
+
+
+def test_adapters_learn_about_pictures_while_the_tower_stays(school, tmp_path):
+    list(minillada.train(lesson(school, lora=2, out=str(tmp_path / "run"))))
+    before, after = minillada.load(school / "newborn")[0], minillada.load(tmp_path / "run")[0]
+    pairs = zip(before.named_parameters(), after.parameters(), strict=True)
+    assert {name.split(".")[2] for (name, a), b in pairs if (a != b).any()} == {"attn"}
+
+
+@pytest.mark.parametrize(
+    "image, reason",
+    [
+        ("../square.png", "expected the plain name of a file in this directory"),
+        ("/etc/hostname", "expected the plain name of a file in this directory"),
+        ("pictures\\00000.png", "expected the plain name of a file in this directory"),
+        ("pictures/none.png", "expected a file, found nothing"),
+        ("outside/x.png", "got a link that leaves it"),
+        ("scenes.jsonl", "expected a whole picture"),
+        (3, "expected the plain name of a file in this directory"),
+    ],
+)
+def test_a_picture_that_a_line_may_not_name_is_refused_with_the_line(image, reason, school, tmp_path):
+    if image == "outside/x.png":
+        written(tmp_path, Image.new("RGB", (2, 2)))
+        (school / "outside").mkdir(exist_ok=True)
+        (school / "outside/x.png").unlink(missing_ok=True)
+        (school / "outside/x.png").symlink_to(tmp_path / "x.png")
+    (school / "bad.jsonl").write_text(json.dumps({"image": image, "prompt": "a", "answer": "b"}) + "\n")
+    with pytest.raises((BadInput, BadLuck)) as refusal:
+        next(minillada.train(lesson(school, "bad.jsonl")))
+    assert "bad.jsonl, line 1: " in str(refusal.value) and reason in str(refusal.value)
+
+
+def test_a_model_that_only_reads_learns_nothing_about_pictures(school, tmp_path):
+    write_tokenizer(tmp_path / "reader")
+    minillada.save(tiny_model(vocab_size=256, mask_id=255, eos_id=254, pad_id=None), tmp_path / "reader")
+    config = replace(lesson(school), start=str(tmp_path / "reader"))
+    with pytest.raises(BadInput, match="image: expected none, as the model only reads"):
+        next(minillada.train(config))
+
+
+def test_a_picture_stands_in_front_of_what_the_user_says_first(school):
+    model, tokenizer = minillada.load(school / "newborn")
+    told = [("user", "describe:"), ("assistant", "a red circle"), ("user", "where?"), ("assistant", "top")]
+    line = {"image": "pictures/00000.png", "messages": [{"role": role, "content": text} for role, text in told]}
+    (school / "talk.jsonl").write_text((json.dumps(line) + "\n") * 2)
+    items = read_items(school / "talk.jsonl", teach(school / "newborn", tokenizer), model.config, vision=EYES)
+    v = model.config.embedding_size
+    for prompt, _ in items.learned[0]:
+        assert prompt[:10] == list(range(v, v + 10)) and max(prompt[10:]) < v
+    assert len(items.album) == 1
+
+
+# ---- the scenes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_scene_is_drawn_where_and_as_it_is_told():
+    things = [Thing(0, "red", "square"), Thing(5, "blue", "circle")]
+    pixels = draw(things, shapes(), random.Random(0)).astype(int)
+    for thing in things:
+        y, x = 16 * (thing.cell // 3) + 8, 16 * (thing.cell % 3) + 8
+        assert abs(pixels[y, x] - COLOURS[thing.colour]).max() < 25
+    assert pixels[40, 8].min() > 190  # an empty cell
+
+
+def test_captions_and_answers_say_where_things_are():
+    a, b, c = Thing(0, "red", "square"), Thing(5, "blue", "circle"), Thing(6, "black", "cross")
+    assert caption([b, a]) == "a red square left of a blue circle"
+    assert caption([c, a]) == "a red square above a black cross"
+    asked = {question.kind: question for seed in range(9) for question in questions([a, b], random.Random(seed))}
+    assert asked["where"].answer in ("top left", "right") and asked["count"].answer == "two"
+    for seed in range(20):
+        for kind, prompt, answer in questions([a, b], random.Random(seed)):
+            if kind == "yes/no":
+                holds = ("is the red square left of" in prompt) or ("is the blue circle right of" in prompt)
+                assert answer == ("yes" if holds else "no")
+
+
+def test_pairs_that_are_never_drawn_are_in_the_test_alone():
+    rng, never = random.Random(0), unseen(shapes())
+    drawn = lambda of: [{(t.colour, t.form) for t in scene(rng, list(shapes()), 2, of)} for _ in range(50)]
+    assert len(never) == 4 and not any(pairs & never for pairs in drawn("seen"))
+    assert all(len(pairs & never) == 1 for pairs in drawn("unseen"))

@@ -180,7 +180,7 @@ def field(tiles: Tiles, unit: int) -> tuple[slice, slice, int, int]:
     return slice(above, rows - above), slice(left, columns - left), *shrunk
 
 
-def count(tiles: Tiles, unit: int) -> int:
+def n_patches(tiles: Tiles, unit: int) -> int:
     """Return how many patches a picture makes, each row of its grid with a newline behind it; unit: a tile's side."""
     if tiles.grid == (0, 0):
         return unit * unit + 1

@@ -21,7 +21,7 @@ from torch import Generator, Tensor, nn
 
 from ..errors import BadInput
 from ..model import LLaDA, ModelConfig
-from .pictures import Tiles, count, field, open_picture, tile
+from .pictures import Tiles, field, n_patches, open_picture, tile
 from .tower import Tower, Vision
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class SeeingEmbedding(nn.Embedding):
     def looked_up(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """Look at those pictures of the album whose patches are among `at` (B,T); return these patches in order, and
         where each of `at` lies among them."""
-        ends = torch.tensor([count(tiles, self.vision.side) for tiles in self.album], device=at.device).cumsum(0)
+        ends = torch.tensor([n_patches(tiles, self.vision.side) for tiles in self.album], device=at.device).cumsum(0)
         of = torch.bucketize(at.clamp(min=0), ends, right=True)  # (B,T) the picture that a patch belongs to
         which, of = of.unique(return_inverse=True)
         patches = self.look([self.album[i] for i in which.tolist()])
@@ -100,7 +100,9 @@ def with_vision(model: LLaDA, vision: Vision, rng: Generator | None = None) -> L
     embed = SeeingEmbedding(model.embed, vision)
     with torch.no_grad():
         for name, p in embed.named_parameters():
-            if name != "weight" and (p.dim() > 1 or name == "newline"):
+            if name == "newline" or name.endswith("positions.weight"):  # as large as words are
+                nn.init.normal_(p, generator=rng)
+            elif p.dim() > 1 and name != "weight":
                 nn.init.normal_(p, std=p[0].numel() ** -0.5, generator=rng)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -131,6 +133,14 @@ def see(model: LLaDA, image: "str | Path | Image", aspect: str | None = None) ->
     seeing.config = showing(model.config, len(embed.patches))
     first = model.config.embedding_size + len(model.embed.patches)
     return seeing, list(range(first, first + len(new)))
+
+
+def with_album(model: LLaDA, album: Sequence[Tiles]) -> LLaDA:
+    """Let a model, in place, look at the pictures of an album whenever their ids, from V on, occur; return it."""
+    if album:
+        model.embed.album = album
+        model.config = showing(model.config, sum(n_patches(tiles, model.embed.vision.side) for tiles in album))
+    return model
 
 
 def showing(c: ModelConfig, n_patch: int) -> SeeingConfig:
