@@ -34,6 +34,7 @@ from minillada.weights.convert import home_of, is_gguf
 from minillada.weights.device import pick_device, slow_experts
 from minillada.weights.hub import fetch
 from minillada.weights.quantize import kinds, memory, quantize
+from minillada.weights.vision import sees
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 EXAMPLES = """examples:
@@ -43,6 +44,7 @@ EXAMPLES = """examples:
   python load_8b.py GSAI-ML/LLaDA-8B-Instruct --chat --quantize int4
   python load_8b.py llada.gguf --chat --threads 4          on llama.cpp: python -m minillada gguf makes such files
   python load_8b.py GSAI-ML/LLaDA-8B-Base --prompt "The capital of France is"
+  python load_8b.py path/to/LLaDA-V --image photo.jpg --prompt "What is this?"
   python load_8b.py path/to/model --prompts questions.jsonl --out answers.jsonl
 """
 
@@ -85,6 +87,9 @@ def describe(found: Report) -> None:
          f"{amount(found.n_bytes)}B of {' and '.join(found.dtypes)}")  # fmt: skip
     tell(f"{amount(size)} parameters: {c.n_layer} layers of width {c.d_model}{experts}, "
          f"{c.embedding_size} tokens, length {c.max_len}, mask {c.mask_id}, end of text {c.eos_id}")  # fmt: skip
+    if sees(found.meta):
+        v = found.meta.embed.vision
+        tell(f"sees: a tower of {v.n_layer} layers of width {v.width}, tiles of {v.image_size} pixels, {v.aspect}")
     tell("weights take " + ", ".join(f"{amount(size * kind.itemsize)}B in {name}" for name, kind in DTYPES.items()))
     if found.non_finite:
         few = ", ".join(found.non_finite[:6])

@@ -126,7 +126,8 @@ def sample(step: RunStep) -> str:
     prompt = [step.tokenizer.eos_id] * whole if isinstance(step.config, TrainConfig) else step.text.prompt
     length = step.length - 1 if whole else min(64, step.length - len(prompt))
     config = SampleConfig(**{"gen_len": length, "steps": length, "block_len": length, **step.config.sampling})
-    return " ".join(display(step.tokenizer.decode(prompt + generate(step.model, [prompt], config)[0])).split())
+    words = [id for id in prompt if id < step.model.config.embedding_size]  # and not patches of a picture
+    return " ".join(display(step.tokenizer.decode(words + generate(step.model, [prompt], config)[0])).split())
 
 
 def follow(config: RunConfig | None, resume: Path | None, moved: dict, log: str | None) -> int:

@@ -10,9 +10,10 @@ from .train import TrainStep
 from .training.config import SFTConfig, TrainConfig, VRPOConfig
 from .training.run import train
 from .weights.checkpoint import load, save
+from .weights.vision import see
 
 __all__ = [
     "BadInput", "BadLuck", "Canvas", "LLaDA", "ModelConfig", "SFTConfig", "SampleConfig", "Step", "Tokenizer",
     "TrainConfig", "TrainStep", "VRPOConfig", "exact_bound", "generate", "load", "log_likelihood", "log_likelihoods",
-    "save", "stream", "train",
+    "save", "see", "stream", "train",
 ]  # fmt: skip

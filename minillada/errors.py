@@ -100,6 +100,12 @@ def check_model(c) -> None:
             check_whole(name, getattr(c, name), 0, c.embedding_size - 1)
 
 
+def has_id(c, ids):
+    """Tell whether ids (a number or a tensor) are of the vocabulary, or of patches of pictures that c was shown."""
+    end = c.embedding_size + getattr(c, "n_patch", 0)
+    return (ids >= 0) & (ids < c.vocab_size) | (ids >= c.embedding_size) & (ids < end)
+
+
 def check_canvas(x, valid, c) -> None:
     """Raise BadInput unless a model of the ModelConfig c can fill the canvas x (B,T) with padding where not valid."""
     kinds = (x.dim(), str(x.dtype), str(valid.dtype), valid.shape)
@@ -110,7 +116,7 @@ def check_canvas(x, valid, c) -> None:
         raise BadInput(f"canvas: expected at most {c.max_len} tokens, got {x.shape[1]}; shorten prompt or gen_len")
     if not valid.any(1).all():
         raise BadInput("canvas: expected a valid token in every row, got one of nothing but padding; leave it out")
-    strange = x[(x < 0) | (x >= c.vocab_size)]
+    strange = x[~has_id(c, x)]
     if len(strange):
         expected = f"an id from 0 to {c.vocab_size - 1}"
         raise BadInput(f"token: expected {expected}, got {strange[0].item()}; use the model's tokenizer")

@@ -121,11 +121,12 @@ def check_space(directory: Path, size: int) -> None:
 
 
 # ---- Reading ----
-def confined(directory: Path, name: str) -> Path:
-    """Return the path of the regular file `name` in a directory. Raises BadInput, BadLuck. A link may lead to the hub
-    cache's own blobs and nowhere else."""
+def confined(directory: Path, name: str, deep: bool = False) -> Path:
+    """Return the path of the regular file `name` in a directory, or deep within it. Raises BadInput, BadLuck. A link
+    may lead to the hub cache's own blobs and nowhere else."""
     where = f"{directory.name or directory}/{name!r:.200}"
-    if not isinstance(name, str) or name in ("", "..") or PureWindowsPath(name).name != name:
+    parts = name.split("/") if deep and isinstance(name, str) else [name]
+    if not all(isinstance(p, str) and p not in ("", ".", "..") and PureWindowsPath(p).name == p for p in parts):
         raise BadInput(f"{where}: expected the plain name of a file in this directory; name it without a path")
     root = Path(os.path.realpath(directory))
     with one_line(f"{where}: expected a readable file", "put a plain file there", (OSError, ValueError)):
@@ -135,7 +136,7 @@ def confined(directory: Path, name: str) -> Path:
             raise BadLuck(f"{where}: expected a file, found nothing; put the file there") from None
         mode = real.stat().st_mode
     homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    if real.parent not in homes:
+    if real.parent not in homes and not (deep and real.is_relative_to(root)):
         raise BadInput(f"{where}: expected a file of this directory, got a link that leaves it; copy the file here")
     if not os.access(real, os.R_OK):
         raise BadLuck(f"{where}: expected a readable file, got one without permission; give read permission")

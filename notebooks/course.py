@@ -43,6 +43,7 @@ MADE: dict[str, list[str]] = {
     "facts-twin.json": ["versus.py", "reversal", "--out", str(RUNS), "--json", str(RUNS / "versus.json")],
     "sudoku-twin.json": ["versus.py", "sudoku", "--out", str(RUNS), "--json", str(RUNS / "versus.json")],
     "assistant/results.json": ["preference.py", "learn", "--out", str(RUNS / "assistant")],
+    "seeing/results.json": ["seeing.py", "--out", str(RUNS / "seeing")],
 }
 # What stands in for one that is not trained yet.
 BRIEF = {"steps": 60, "eval_every": 60, "rows": "windows", "tokenizer": "bpe:512", "precision": "float32"}

@@ -27,6 +27,7 @@ from ..weights.checkpoint import check, load, locate
 from ..weights.convert import is_gguf
 from ..weights.device import pick_device
 from ..weights.shipped import SHIPPED, shipped
+from ..weights.vision import sees
 from .ask import Question, Talker, guide_of, make_talker, on_llama_cpp, question, to_write
 from .cli import SWITCHES, TYPES, Parser, runs
 
@@ -203,7 +204,7 @@ def denoise(talker: Talker, asked: Question, seed: int) -> Iterator[tuple[Frame,
         if time.monotonic() - shown > PACE:
             yield frame, None
             shown = time.monotonic()
-    trace = Trace.record(kept, talker.tokenizer, start=asked.start)
+    trace = Trace.record(kept, talker.tokenizer, start=asked.start, picture=asked.picture)
     yield trace.frame(trace.n_steps), trace
 
 
@@ -229,7 +230,9 @@ def chat(model: Model, text: str, messages: list[Message], *values):
     length = args.gen_len or talker.defaults.get("gen_len") or min(128, c.max_len // 2)
     if not text.strip() or len(text) > LONGEST:
         raise BadInput(f"message: expected 1 to {LONGEST} characters, got {len(text)}; write another")
-    kept, prompt = talker.template.fit([*messages, {"role": "user", "content": text}], c.max_len - length)
+    told = [*talker.system, *messages, talker.message(text)]  # the picture stands in front of the newest message
+    kept, prompt = talker.template.fit(told, c.max_len - length)
+    kept = [{"role": m["role"], "content": m["content"]} for m in kept if m["role"] != "system"]
     asked = to_write(args, talker, prompt, len(prompt))
     yield kept, bubbles(kept), "", *[gr.skip()] * 3
     for frame, trace in denoise(talker, asked, args.seed):
@@ -297,20 +300,23 @@ def asking(label: str, hint: str, examples: list[str], button: str = "Write", n_
         return box, tries, gr.Button(button, variant="primary"), gr.Button("Stop")
 
 
-def connect(asked: tuple, get: Callable[[], Model], work: Callable, inputs: list, outputs: list) -> None:
+def connect(asked: tuple, get: Callable[[], Model], work: Callable, inputs: list, outputs: list, picture: list) -> None:
     """Begin the work at the button, the end of a line or an example, one request at a time; end it at Stop. The model
-    is looked up for every request, so a page that nobody leaves holds none in memory."""
+    is looked up for every request, so a page that nobody leaves holds none in memory. picture: the box of one, or []"""
 
     def guarded(*values):
         try:
-            yield from work(get(), *values)
+            *values, path = values if picture else (*values, None)
+            model = get()
+            yield from work(model if path is None else model._replace(talker=model.talker.shown(path)), *values)
         except (BadInput, BadLuck) as error:  # becomes a red box
             raise gr.Error(html.escape(display(str(error))), print_exception=False) from None
 
     box, tries, button, stop = asked
     how = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
     chosen = tries.click(lambda sample: sample[0], tries, box, queue=False, show_progress="hidden")
-    events = [listen(guarded, [box, *inputs], outputs, **how) for listen in (button.click, box.submit, chosen.then)]
+    given = [box, *inputs, *picture]
+    events = [listen(guarded, given, outputs, **how) for listen in (button.click, box.submit, chosen.then)]
     stop.click(None, cancels=events)
 
 
@@ -320,7 +326,11 @@ def page_of(model: Model, get: Callable[[], Model]) -> None:
     front = "Board" if side else "Chat" if model.talker.instruct else "Write"
     with gr.Row():
         main, how = gr.Column(scale=3, min_width=480), gr.Column(scale=2, min_width=300)
+    picture = []  # for a model that sees
     with how:
+        if sees(model.talker.model):
+            look = {"sources": ["upload", "clipboard"], "buttons": [], "height": 220}
+            picture = [gr.Image(label="Picture that the text is about", type="filepath", image_mode=None, **look)]
         first = settings(model, "How to decode")
     with main, gr.Tabs(selected=front):
         if side:
@@ -332,7 +342,7 @@ def page_of(model: Model, get: Callable[[], Model]) -> None:
                 frame = row.canvas.x[0, row.start :].tolist(), [math.nan] * side**2, no, no
                 shown = gr.HTML(board(frame, model.talker.tokenizer))
                 gr.Markdown("**bold**: given · green: new · orange: the deeper, the less sure")
-                connect(asked, get, partial(write, "board"), first, replay(shown, board))
+                connect(asked, get, partial(write, "board"), first, replay(shown, board), picture)
         if model.talker.taught:
             with gr.Tab("Chat", id="Chat"):
                 messages = gr.State([], time_to_live=3600)
@@ -340,15 +350,15 @@ def page_of(model: Model, get: Callable[[], Model]) -> None:
                 hint = "what no longer fits is forgotten, the oldest first"
                 asked = asking("Message", hint, examples["Chat"], "Send")
                 outputs = replay(screen("The answer, as it appears"))
-                connect(asked, get, chat, [messages, *first], [messages, talk, asked[0], *outputs])
+                connect(asked, get, chat, [messages, *first], [messages, talk, asked[0], *outputs], picture)
                 talk.clear(lambda: [], None, messages)
         with gr.Tab("Write", id="Write"):
             hint = "a message" if model.talker.instruct else "how the text begins; it may be empty"
             asked = asking("Beginning", hint, examples["Write"])
-            connect(asked, get, partial(write, "write"), first, replay(screen("Text")))
+            connect(asked, get, partial(write, "write"), first, replay(screen("Text")), picture)
         with gr.Tab("Fill", id="Fill"):
             asked = asking("Text with holes", "type [MASK] wherever a token is wanted", examples["Fill"], "Fill")
-            connect(asked, get, partial(write, "fill"), first, replay(screen("Text")))
+            connect(asked, get, partial(write, "fill"), first, replay(screen("Text")), picture)
         with gr.Tab("Compare", id="Compare"):
             tries = [*examples["Write"][:2], *examples["Fill"][:2]]
             asked = asking("Text", "a beginning, or a text with [MASK]", tries)
@@ -357,7 +367,7 @@ def page_of(model: Model, get: Callable[[], Model]) -> None:
             with gr.Row():
                 told = [gr.Textbox(label=f"{which}: done", interactive=False) for which in "AB"]
             second = settings(model, "How to decode B")
-            connect(asked, get, compare, [*first, *second], [left, right, *told])
+            connect(asked, get, compare, [*first, *second], [left, right, *told], picture)
 
 
 def build(get: Callable[[str], Model], known: list[str]):
@@ -409,7 +419,7 @@ def launch(page, host: str, port: int, auth: tuple[str, str] | None = None, **mo
     page.queue(api_open=False, max_size=WAITING)
     print(f"http://{host}:{port}", flush=True)
     page.launch(
-        server_name=host, server_port=port, auth=auth, share=False, quiet=True, max_file_size="1kb", allowed_paths=[],
+        server_name=host, server_port=port, auth=auth, share=False, quiet=True, max_file_size="10mb", allowed_paths=[],
         footer_links=[], ssr_mode=False, enable_monitoring=False, state_session_capacity=64,
         theme=gr.themes.Base(**fonts), css=CSS, **more,
     )  # fmt: skip

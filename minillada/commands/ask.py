@@ -20,11 +20,13 @@ from ..sampler import Canvas, Model, SampleConfig, Step, answer_of, predictor_of
 from ..show.page import FORMS, check_file, save
 from ..show.terminal import watch
 from ..show.trace import Trace
-from ..text.chat import ChatTemplate, check_size
+from ..text.chat import MARKERS, ChatTemplate, Message, check_size
 from ..text.corpora import json_lines, plain_text
 from ..text.tokenizer import Tokenizer, display
 from ..weights.checkpoint import Report, expect_tokenizer, fitted, load_tokenizer
 from ..weights.convert import home_of
+from ..weights.pictures import data_url, open_picture
+from ..weights.vision import see, sees
 from .cli import SAMPLING, SWITCHES, add_sampling, sample_config, tell
 
 
@@ -53,6 +55,11 @@ def defaults_of(directory: Path) -> dict:
     return guide_of(directory).get("sampling", {})
 
 
+# What LLaDA-V was taught to be told first.
+SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
 USUAL = ("quota", "none")  # rules that a summary does not name
 
 
@@ -69,21 +76,39 @@ class Talker(NamedTuple):
     begin: list[int]  # see `begin_of`
     filling: dict  # fields of SampleConfig, for holes inside a text
     writer: Model  # what to sample with: the model, maybe recorded
+    system: list[Message]  # what stands in front of every chat
+    image: tuple[int, ...] = ()  # the patches of the picture that the next prompt is about
+    picture: str = ""  # that picture as a `data:` URL
 
     def config(self, args: argparse.Namespace, prompt_len: int, **more: object) -> SampleConfig:
         """Return how to decode: what the options say, then `more`, then the model's defaults."""
         ends = dict.fromkeys([self.model.config.eos_id, *self.template.stop_ids])
         stop_ids = tuple(id for id in ends if id is not None)
-        return sample_config(args, self.model.config, prompt_len, stop_ids=stop_ids, **{**self.defaults, **more})
+        return sample_config(args, self.model.config, prompt_len, **{"stop_ids": stop_ids, **self.defaults, **more})
+
+    def shown(self, path: str | Path) -> "Talker":
+        """Return one that sees the picture in a file, and what it saw before. Raises BadInput, BadLuck."""
+        picture = open_picture(path)
+        model, ids = see(self.model, picture)
+        writer = graphed(model, "off" if self.writer is self.model else "auto")
+        return self._replace(model=model, writer=writer, image=tuple(ids), picture=data_url(picture))
+
+    def message(self, text: str) -> Message:
+        """Return what a user says, with the picture that it is about."""
+        return {"role": "user", "content": text} | ({"image": self.image} if self.image else {})
 
     def encode(self, text: str, what: str = "prompt") -> list[int]:
         """Return the ids to go on from, of at most 1 MB of text."""
         check_size(what, text)
         if not self.instruct:
-            return self.begin + self.tokenizer.encode(text)
+            return self.before() + self.tokenizer.encode(text)
         if not text.strip():
             raise BadInput(f"{what}: expected some text, got none; write something")
-        return self.template.encode_chat([{"role": "user", "content": text}])
+        return self.template.encode_chat([*self.system, self.message(text)])
+
+    def before(self) -> list[int]:
+        """Return the ids in front of a text that is no message: its beginning, and a picture with a newline."""
+        return self.begin + ([*self.image, *self.tokenizer.encode("\n")] if self.image else [])
 
 
 class Question(NamedTuple):
@@ -94,6 +119,7 @@ class Question(NamedTuple):
     n_prompt: int = 0  # tokens in front of an answer
     stop: int | None = None  # the column behind it; a block model writes to the end of a block
     start: int = 0  # the first column to show
+    picture: str = ""  # see `Talker`
 
 
 def add_questions(parser: argparse.ArgumentParser, required: bool) -> argparse._ActionsContainer:
@@ -105,6 +131,7 @@ def add_questions(parser: argparse.ArgumentParser, required: bool) -> argparse._
     what.add_argument("--chat", action="store_true", help="talk over several turns; /reset forgets them, /quit ends")
     what.add_argument("--prompts", type=Path, metavar="FILE", help='many: a text file with one in each line, or .jsonl '
                       'with a "prompt" in each; answers are JSONL')  # fmt: skip
+    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture that the prompt, text or chat is about")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts at a time, of --prompts (default: 8)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a new file for the answers to --prompts")
     parser.add_argument("--raw", action="store_true", help="a prompt is plain text, even to an instruct model")
@@ -140,6 +167,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         if args.chat or args.prompts is not None or getattr(args, "check", False):
             raise BadInput(f"{form}: expected one answer to show, got none or many; use --prompt, --fill or --edit")
         check_file(form, getattr(args, form))
+    if args.image is not None:
+        if args.prompts is not None or args.edit is not None or getattr(args, "check", False):
+            raise BadInput("image: expected --prompt, --fill or --chat with it, got another; leave one of the two out")
+        open_picture(args.image)  # a fault is told before gigabytes are read
     what = "fill" if args.fill is not None else "edit" if args.edit is not None else None
     if what and (args.gen_len or args.block_len):
         raise BadInput(f"{what}: expected neither --gen-len nor --block-len, since the holes decide; leave them out")
@@ -219,10 +250,17 @@ def make_talker(
         template = ChatTemplate.load(home, tokenizer)
     last = name.replace("\\", "/").rstrip("/").split("/")[-1].lower()
     taught = "instruct" in last or (template.own and "base" not in last)  # base models too may bring a template
-    guide = guide_of(directory)
+    guide, system = guide_of(directory), []
     begin, filling = begin_of(guide, model.config.eos_id), guide.get("filling", {})
+    if sees(model) and len(markers := [id for id in map(tokenizer.inner.token_to_id, MARKERS) if id is not None]) == 3:
+        *heads, turn_end = markers  # LLaDA-V: one window, no special token, and no end but that of a turn
+        banned = dict.fromkeys([tokenizer.eos_id, tokenizer.bos_id, *heads])
+        official = {"banned_ids": tuple(id for id in banned if id not in (None, turn_end)), "stop_ids": (turn_end,)}
+        defaults = {"block_len": 128, **official, **defaults}
+        system, taught = [{"role": "system", "content": SYSTEM}], True
     instruct, writer = not args.raw and (args.chat or taught), graphed(model, getattr(args, "graphs", "auto"))
-    return Talker(model, tokenizer, template, instruct, defaults, name, taught, begin, filling, writer)
+    talker = Talker(model, tokenizer, template, instruct, defaults, name, taught, begin, filling, writer, system)
+    return talker if getattr(args, "image", None) is None else talker.shown(args.image)
 
 
 def question(args: argparse.Namespace, talker: Talker) -> Question:
@@ -231,7 +269,7 @@ def question(args: argparse.Namespace, talker: Talker) -> Question:
         if getattr(args, what) is not None:
             return to_fill(args, talker, what, getattr(args, what))
     prompt = talker.encode(args.prompt or "")
-    return to_write(args, talker, prompt, len(prompt if talker.instruct else talker.begin))
+    return to_write(args, talker, prompt, len(prompt if talker.instruct else talker.before()))
 
 
 def to_write(args: argparse.Namespace, talker: Talker, prompt: list[int], start: int) -> Question:
@@ -239,14 +277,14 @@ def to_write(args: argparse.Namespace, talker: Talker, prompt: list[int], start:
     config, model = talker.config(args, len(prompt)), talker.model
     predict = predictor_of(model, config.block)
     canvas = Canvas.continuation([prompt], config.gen_len, predict.config, predict.device)
-    return Question(canvas, config, len(prompt), len(prompt) + config.gen_len, start)
+    return Question(canvas, config, len(prompt), len(prompt) + config.gen_len, start, talker.picture)
 
 
 def to_fill(args: argparse.Namespace, talker: Talker, what: str, text: str) -> Question:
     """Make holes of the [MASK]s of a text (what = "fill") or of its [[spans]] ("edit"). Raises BadInput."""
     check_size(what, text)
     encode = talker.tokenizer.encode_with_masks if what == "fill" else talker.tokenizer.encode_to_edit
-    row = talker.begin + encode(text)
+    row = talker.before() + encode(text)
     holes = [i for i, token in enumerate(row) if token == talker.model.config.mask_id]
     if not holes:
         sign = "[MASK]" if what == "fill" else "[[span]]"
@@ -255,7 +293,8 @@ def to_fill(args: argparse.Namespace, talker: Talker, what: str, text: str) -> Q
     width, model = holes[-1] + 1 - holes[0], talker.model
     whole = {"gen_len": width, "block_len": width, "ban_eos": True, "stop_at_eos": False, **talker.filling}
     canvas = Canvas.infill([row], model.config, predictor_of(model).device)
-    return Question(canvas, talker.config(args, len(row) - width, **whole), start=len(talker.begin))
+    how = talker.config(args, len(row) - width, **whole)
+    return Question(canvas, how, start=len(talker.before()), picture=talker.picture)
 
 
 def show(args: argparse.Namespace, talker: Talker, asked: Question, steps: Iterable[Step]) -> list[int]:
@@ -273,7 +312,8 @@ def show(args: argparse.Namespace, talker: Talker, asked: Question, steps: Itera
     if not (args.quiet or args.chat):
         tell(summary(talker, asked.config, args.seed, written, step.nfe, time.perf_counter() - start))
     for form in files_of(args):
-        save(Trace.record(seen, talker.tokenizer, start=asked.start), form, getattr(args, form))
+        trace = Trace.record(seen, talker.tokenizer, start=asked.start, picture=asked.picture)
+        save(trace, form, getattr(args, form))
         tell(f"{form} written to {getattr(args, form)}")
     row = seen[-1].x[0].tolist()
     new = answer_of(row[asked.n_prompt : asked.stop], asked.config, talker.model.config)

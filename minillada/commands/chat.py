@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
-from ..errors import BadInput, check_whole
+from ..errors import BadInput, BadLuck, check_whole
 from ..sampler import stream
 from ..text.chat import check_size
 from .ask import Talker, show, to_write
@@ -14,9 +14,10 @@ from .cli import complain, tell
 
 def chat(args: argparse.Namespace, talker: Talker) -> None:
     """Answer turn after turn until the input ends. A message that cannot be used costs one line, and the chat goes on.
-    /reset forgets the turns so far; the oldest ones are forgotten when they no longer fit the model's length."""
+    /reset forgets the turns so far; the oldest ones are forgotten when they no longer fit the model's length. /image
+    FILE shows a picture, which the next message is about."""
     args.quiet = args.quiet or not sys.stdout.isatty()
-    c, messages = talker.model.config, []
+    c, messages, first = talker.model.config, talker.system, talker
     length = args.gen_len or min(128, c.max_len // 2)
     check_whole("gen_len", length, 1, c.max_len - 1)
     talker.template.render(["user"], ["Hi"])  # a template that fails does so at once
@@ -25,17 +26,22 @@ def chat(args: argparse.Namespace, talker: Talker) -> None:
         tell(f"{talker.name} was not taught to answer, so it only goes on writing; {how}")
     for text in lines_of_user():
         if text.strip() in ("", "/reset"):
-            messages = messages if not text.strip() else []
+            messages, talker = (messages, talker) if not text.strip() else (first.system, first)
             continue
         try:
+            if text.startswith("/image "):
+                talker = talker.shown(text.removeprefix("/image ").strip())
+                print(f"(a picture of {len(talker.image):,} tokens, which your next message is about)")
+                continue
             check_size("message", text)
-            kept, prompt = talker.template.fit([*messages, {"role": "user", "content": text}], c.max_len - length)
+            kept, prompt = talker.template.fit([*messages, talker.message(text)], c.max_len - length)
             if len(kept) <= len(messages):
                 print(f"(the oldest {len(messages) + 1 - len(kept)} messages no longer fit and are forgotten)")
             asked = to_write(args, talker, prompt, len(prompt))
             new = show(args, talker, asked, stream(talker.writer, asked.canvas, asked.config, args.seed))
             messages = [*kept, {"role": "assistant", "content": talker.tokenizer.decode(new)}]
-        except BadInput as error:
+            talker = talker._replace(image=(), picture="")
+        except (BadInput, BadLuck) as error:
             complain(str(error))
 
 

@@ -117,7 +117,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def sample_config(args: argparse.Namespace, model: ModelConfig, prompt_len: int, **defaults: object) -> SampleConfig:
     """Return the SampleConfig that was asked for; lengths not given are fitted to prompt and model. Raises BadInput."""
-    given = {name: getattr(args, name) for name in (*SAMPLING, *SWITCHES) if getattr(args, name) is not None}
+    given = {name: value for name in (*SAMPLING, *SWITCHES) if (value := getattr(args, name, None)) is not None}
     chosen = defaults | given
     for name in sorted({"gen_len", "block_len"} & chosen.keys()):
         check_whole(name, chosen[name], 1)
@@ -131,13 +131,14 @@ def sample_config(args: argparse.Namespace, model: ModelConfig, prompt_len: int,
     room = left if left < 256 else 128
     if room < 1:
         raise BadInput(f"prompt: expected fewer than {model.max_len} tokens, got {prompt_len}; shorten it")
-    block = chosen.get("block_len", 1 if in_blocks else min(32, chosen.get("gen_len", room)))
-    length = chosen.get("gen_len", max(room // block, 1) * block)
-    if "block_len" not in given and length % block:  # a default gives way
+    block = chosen.get("block_len", 32)
+    if "block_len" not in given:  # a default gives way
+        block = 1 if in_blocks else min(chosen.get("block_len", block), chosen.get("gen_len", room))
         chosen.pop("block_len", None)
+    length = chosen.get("gen_len", max(room // block, 1) * block)
     check_whole("seed", args.seed, 0, 2**63 - 1)
     check_whole("gen_len", length, 1, model.max_len - prompt_len, "the model's length leaves no more")
-    fitted = {"gen_len": length, "block_len": length if length % block else block, "steps": length}
+    fitted = {"gen_len": length, "block_len": length if in_blocks or length % block else block, "steps": length}
     return SampleConfig(**fitted | chosen)
 
 

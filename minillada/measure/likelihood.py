@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..diffusion import Noised, model_bound, sample_t
-from ..errors import BadInput, check_number, check_whole
+from ..errors import BadInput, check_number, check_whole, has_id
 from ..strategies import Ask, Guided, Whole
 from ..text.tokenizer import Tokenizer
 from .blocks import attention, bound, noise_blocks
@@ -33,7 +33,7 @@ def check_pair(model: nn.Module, prompt: Ids, answer: Ids) -> None:
     if length > c.max_len:
         raise BadInput(f"prompt + answer: expected at most {c.max_len} tokens, got {length}; cut them")
     for token in (*prompt, *answer):
-        if not 0 <= token < c.vocab_size or token == c.mask_id:
+        if not has_id(c, token) or token == c.mask_id:
             raise BadInput(f"token: expected 0 to {c.vocab_size - 1} and not the mask, got {token}; use its tokenizer")
 
 

@@ -74,8 +74,11 @@ def to_html(trace: Trace, title: str = "How this text appeared", board: int = 0)
     page, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.html", "page.js"))
     allowed = {"script": script, "style": re.search("<style>(.*)</style>", page, re.DOTALL)[1]}
     hashes = {k: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for k, text in allowed.items()}
+    sources = [f"{kind}-src 'sha256-{hash}'" for kind, hash in hashes.items()] + ["img-src data:"] * bool(trace.picture)
+    small = ' class="small"' * trace.picture.startswith("data:image/png")  # see `data_url`
     parts = {
-        "POLICY": "default-src 'none'; " + "; ".join(f"{kind}-src 'sha256-{hash}'" for kind, hash in hashes.items()),
+        "POLICY": "; ".join(["default-src 'none'", *sources]),
+        "PICTURE": f'<img{small} alt="the picture" src="{html.escape(trace.picture)}">' * bool(trace.picture),
         "TITLE": html.escape(" ".join(display(title).split())),
         "DATA": json.dumps(document(trace, board), separators=(",", ":")).replace("<", "\\u003c"),  # ends no script
         "SCRIPT": script,
@@ -151,6 +154,7 @@ $ .d{{fill:#f08c1a;fill:color-mix(in srgb,var(--new) calc(100%*var(--n)),#f08c1a
 @media(prefers-reduced-motion:reduce){{$ *{{animation:none!important}}}}
 """  # $: this picture alone, for pages that hold several
 WIDE, HIGH, PAD, CELL = 8.4, 24.0, 14.0, 52  # pixels: a column, a line, the margin, a board's cell
+SQUARE, BESIDE = 132.0, 150.0  # pixels: of a picture that the text is about, and of the room for it
 LEAD, HOLD = 0.8, 4.0  # seconds: of holes alone, of the finished text
 SLIDE, FRESH = 0.2, 0.8  # seconds: in which a new token makes itself room, that it stays marked
 
@@ -219,7 +223,7 @@ def svg_text(text: str, sure: int | None = None) -> str:
 def to_svg(trace: Trace, width: int = 80) -> str:
     """Draw the text appearing, over and over, light or dark as the reader's system is. It needs no script. A token that
     comes pushes the rest of its line to where it then has room."""
-    film, lives, rows = Film(trace, width), states(trace), lines(trace, width)
+    film, lives, rows, beside = Film(trace, width), states(trace), lines(trace, width), BESIDE * bool(trace.picture)
     hole = WIDE * max(piece.gap for row in rows for piece in row)
     out, widest = "", np.zeros(trace.n_steps + 1)
     for number, row in enumerate(rows):
@@ -241,11 +245,16 @@ def to_svg(trace: Trace, width: int = 80) -> str:
             style_x = ' class="x"' * (gap > 0)
             after = f'<g{style_x} transform="translate({end:.1f})">{rest}</g>' if rest else ""
             rest = f'<g class="t" style="{style}">{block}{"".join(words)}{after}</g>'
-        out += f'<g transform="translate({PAD:.0f} {PAD + number * HIGH + 17:.0f})">{rest}</g>\n'
+        out += f'<g transform="translate({PAD + beside:.0f} {PAD + number * HIGH + 17:.0f})">{rest}</g>\n'
         widest = np.maximum(widest, used)
     shift = f"$ .x{{transform:translateX(calc({hole:.1f}px*(1 - var(--p)) + var(--w)*var(--p)))}}\n"
     block = f'<defs><rect id="{film.id}h" x="2" y="-14" width="{hole - 3:.1f}" height="19" rx="3"/></defs>'
-    return film.picture(widest.max() + 2 * PAD, len(rows) * HIGH + 2 * PAD, block + out, shift)
+    if beside:
+        box = f'x="{PAD:.0f}" y="{PAD:.0f}" width="{SQUARE:.0f}" height="{SQUARE:.0f}"'
+        out += f'<image {box} preserveAspectRatio="xMidYMin" href="{html.escape(trace.picture)}"/>'
+        shift += "$ image{image-rendering:pixelated}\n" * trace.picture.startswith("data:image/png")
+    high = max(len(rows) * HIGH, SQUARE * bool(beside))
+    return film.picture(widest.max() + 2 * PAD + beside, high + 2 * PAD, block + out, shift)
 
 
 def board_svg(trace: Trace, side: int = 4) -> str:
@@ -291,21 +300,34 @@ def to_gif(trace: Trace, width: int = 80, most: int = 150) -> bytes:
                 pictures[-1].append((number, x, wide, colour, "" if is_hole else text, bool(lives[position])))
                 x += wide
             widest = max(widest, x)
-    size, frames = (round(2 * PAD + widest * WIDE), round(2 * PAD + len(rows) * HIGH)), []
+    beside, high = BESIDE * bool(trace.picture), max(len(rows) * HIGH, SQUARE * bool(trace.picture))
+    size, frames = (round(2 * PAD + widest * WIDE + beside), round(2 * PAD + high)), []
     for picture in pictures:
         frames.append(Image.new("RGB", size, "#16181d"))
         pen = ImageDraw.Draw(frames[-1])
+        if beside:
+            frames[-1].paste(thumbnail(trace.picture), (round(PAD), round(PAD)))
         for number, column, wide, colour, text, ours in picture:
-            x, y = PAD + column * WIDE, PAD + number * HIGH
+            x, y = PAD + beside + column * WIDE, PAD + number * HIGH
             if colour and wide:
                 pen.rectangle((x + 1, y + 2, x + wide * WIDE - 2, y + 20), colour)
             pen.text((x, y + 3), text, "#e4e6ea" if ours else "#989fa9", font)
-    palette = frames[len(frames) // 2].quantize(32)
+    palette = frames[len(frames) // 2].quantize(128 if beside else 32)
     small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     each, buffer = max(20, round(1000 * seconds(trace) * n / len(frames))), io.BytesIO()
     durations = [round(1000 * LEAD), *[each] * (len(small) - 2), round(1000 * HOLD)][-len(small) :]
     small[0].save(buffer, "GIF", save_all=True, append_images=small[1:], duration=durations, loop=0)
     return buffer.getvalue()
+
+
+def thumbnail(url: str):
+    """Return the picture of a `data:` URL as Pillow's, as large as fits beside a text."""
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as picture:
+        small = max(picture.size) <= SQUARE
+        how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+        return ImageOps.contain(picture.convert("RGB"), (round(SQUARE),) * 2, how)
 
 
 def to_order(trace: Trace) -> bytes:

@@ -31,9 +31,12 @@ class Trace:
     token: np.ndarray  # (E,) mask_id where one was taken back
     probability: np.ndarray  # (E,) that the model gave to the token; NaN where there is none
     rivals: dict[tuple[int, int], tuple[list[int], list[float]]] = field(default_factory=dict)  # (step, position) ->
+    picture: str = ""  # what the text is about, as a `data:` URL
 
     @classmethod
-    def record(cls, steps: Iterable[Step], tokenizer: Tokenizer, row: int = 0, start: int = 0) -> "Trace":
+    def record(
+        cls, steps: Iterable[Step], tokenizer: Tokenizer, row: int = 0, start: int = 0, picture: str = ""
+    ) -> "Trace":
         """Collect the events of a row from column start on, rivals too if it has some. Raises BadInput if no steps."""
         names = ("x", "proposed", "probability", "committed", "revised")
         kept, rivals = [], {}
@@ -67,7 +70,7 @@ class Trace:
         position, step, kind, token, sure = map(np.concatenate, zip(*parts, strict=True))
         order = np.lexsort((kind, step, position))
         events = (column[order] for column in (position, step, kind, token, sure))
-        return cls(tokenizer, before[0], x[-1], len(kept), *events, rivals)
+        return cls(tokenizer, before[0], x[-1], len(kept), *events, rivals, picture)
 
     def frame(self, n: int) -> tuple[list[int], list[float], list[bool], list[bool]]:
         """Return the row after n steps: tokens, probability of each of ours, and what was committed and revised now."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken
 
@@ -36,7 +37,7 @@ TEMPLATE_CAP, PROMPT_CAP = 64 << 10, 1 << 20  # bytes
 RENDER = str(Path(__file__).with_name("render.py"))
 PATIENCE = 20  # seconds to wait for a process that may compute for one of them
 STAND_IN = 0xF0000  # the first of 65,534 private code points, which no template cuts or changes
-Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+Message = dict[str, Any]  # {"role": one of ROLES, "content": text}, and "image": the ids of a picture in front of it
 
 
 @dataclass
@@ -74,20 +75,23 @@ class ChatTemplate:
         write_file(Path(directory) / "chat_template.jinja", [self.source.encode()])
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids of the prompt for the next answer. Contents lose the blanks around them, as in LLaDA's.
-        Unlike in the official code, a template's text and a content never merge into one token. Raises BadInput."""
+        """Return the ids of the prompt for the next answer. Contents lose the blanks around them, as in LLaDA's, and
+        between a picture and its message stands a newline, as in LLaDA-V's training. Unlike in the official code, a
+        template's text and a content never merge into one token. Raises BadInput."""
         roles = [message["role"] for message in messages]
-        contents = [message["content"].strip() for message in messages]
+        contents = ["\n" * bool(m.get("image")) + m["content"].strip() for m in messages]
         check_size("messages", *contents)
         for role in roles:
             check_one_of("role", role, ROLES)
         check_whole("messages", len(messages), 0, 10_000, "start again")
         pieces = re.split("([\U000f0000-\U000ffffd])", self.render(roles, contents))  # the odd ones are stand-ins
         content_of = {chr(STAND_IN + i): content for i, content in enumerate(contents)}
+        image_of = {chr(STAND_IN + i): message.get("image", ()) for i, message in enumerate(messages)}
         if not content_of.keys() >= set(pieces[1::2]) or any("\\udb80" in piece for piece in pieces):  # by tojson
             raise BadInput("chat template: expected one that leaves contents as they are, got another; use --raw")
         check_size("chat", *(content_of.get(piece, piece) for piece in pieces))
-        encode = [self.encode_markup, lambda stand_in: self.tokenizer.encode(content_of[stand_in])]
+        content = lambda stand_in: [*image_of[stand_in], *self.tokenizer.encode(content_of[stand_in])]
+        encode = [self.encode_markup, content]
         return [id for i, piece in enumerate(pieces) for id in encode[i % 2](piece)]
 
     def encode_markup(self, text: str) -> list[int]:

@@ -159,7 +159,7 @@ def unsharded(model: LLaDA) -> LLaDA:
     if not isinstance(model, FSDPModule):
         return model
     state = gathered(model.state_dict())
-    return model_of(state, model.config) if rank() == 0 else model
+    return model_of(state, model) if rank() == 0 else model
 
 
 def optimizer_state(optimizers: Sequence[Optimizer]) -> dict:

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ..errors import BadInput, check_whole
-from ..model import LLaDA, ModelConfig
+from ..model import LLaDA
+from ..weights.checkpoint import blank
+from ..weights.vision import sees
 
 SCALE = 2.0  # of what the adapters add, whatever their rank: alpha = 2 r
 
@@ -80,14 +82,13 @@ def merged(model: LLaDA) -> LLaDA:
         if isinstance(module, LoRA):
             state[f"{name}.weight"] = module.merged()
             del state[f"{name}.down"], state[f"{name}.up"]
-    return model_of(state, model.config)
+    return model_of(state, model)
 
 
-def model_of(state: dict[str, Tensor], config: ModelConfig) -> LLaDA:
-    """Return a model whose weights are the very tensors of a state dict."""
-    with torch.device("meta"):
-        model = LLaDA(config)
+def model_of(state: dict[str, Tensor], like: LLaDA) -> LLaDA:
+    """Return a model like another one, whose weights are the very tensors of a state dict."""
+    model = blank(like.config, like.embed.vision if sees(like) else None)
     model.load_state_dict(state, assign=True)
-    if config.tie_head:
+    if like.config.tie_head:
         model.head.weight = model.embed.weight
     return model

@@ -18,6 +18,7 @@ from ..text.tokenizer import Tokenizer
 from ..train import Objective
 from ..weights.checkpoint import check, expect_tokenizer, load
 from ..weights.device import slow_experts
+from ..weights.vision import sees, with_album
 from .balance import Balanced
 from .config import RunConfig, SFTConfig, TrainConfig, TunedConfig, VRPOConfig
 from .distributed import check_gpus, check_same, in_turn, load_optimizers, spread, together, world_size
@@ -65,7 +66,8 @@ def read_dialogues(config: TunedConfig, newest: Path | None) -> tuple[Items, Cha
         expect_tokenizer(found.directory, f"from {config.start}")
         template = teach(found.directory, Tokenizer.load(found.directory, {"mask": found.config.mask_id}))
     turns_of = compared if prefers else dialogue
-    items = in_turn(lambda: read_items(config.data, template, found.config, turns_of))
+    vision = found.meta.embed.vision if sees(found.meta) else None
+    items = in_turn(lambda: read_items(config.data, template, found.config, turns_of, vision))
     return items, template, config.start if newest else str(found.directory), base
 
 
@@ -109,8 +111,9 @@ def begin_objective(config: RunConfig, text: Tokens, c: ModelConfig) -> Objectiv
     elif isinstance(config, SFTConfig):
         objective = SFT(text, config, c)
     else:
-        whole = lambda: load(config.start, config.device, torch.float32)[0].requires_grad_(False)
-        objective = VRPO(text, config, c.mask_id, None if config.lora else whole(), block=c.block)
+        whole = lambda: with_album(load(config.start, config.device, torch.float32)[0], text.album)
+        reference = None if config.lora else whole().requires_grad_(False)
+        objective = VRPO(text, config, c.mask_id, reference, block=c.block)
     return Balanced(objective, config) if c.n_expert else objective
 
 
@@ -140,7 +143,7 @@ def make(config: RunConfig, newest: Path | None = None, saved: dict | None = Non
     with together():
         if saved:
             check_beginning(saved, text, base, config)
-        model = begin_model(config, saves, rng, newest, saved)
+        model = with_album(begin_model(config, saves, rng, newest, saved), getattr(text, "album", ()))
         objective = begin_objective(config, text, model.config)
     trained = adapters(model) if getattr(config, "lora", 0) else model
     called = spread(recompute(model) if config.recompute else model, config)

@@ -19,14 +19,15 @@ from .muon import Muon
 
 def make_optimizers(model: nn.Module, config: RunConfig) -> list[Optimizer]:
     """Return Muon for the matrices of the layers and AdamW for the rest, or AdamW for both; the matrices come first."""
-    matrices = [p for p in model.layers.parameters() if p.dim() == 2]  # not stacked experts: Muon wants plain ones
+    inner = [p for name, p in model.named_parameters() if "layers." in name]  # of the model, and of a tower that sees
+    matrices = [p for p in inner if p.dim() == 2]  # not stacked experts: Muon wants plain ones
     rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     adamw = partial(AdamW, betas=(0.9, 0.95), fused=True)
     dtype = torch.bfloat16 if bfloat16_instructions(torch.device(config.device).type) else torch.float32
     first = partial(Muon, dtype=dtype) if config.optimizer == "muon" else adamw
     group = lambda parameters, lr: [{"params": parameters, "initial_lr": lr}]
-    inner = first(group(matrices, config.lr), lr=config.lr, weight_decay=config.weight_decay)
-    return [inner, adamw(group(rest, config.adam_lr), lr=config.adam_lr, weight_decay=0.0)]
+    of_matrices = first(group(matrices, config.lr), lr=config.lr, weight_decay=config.weight_decay)
+    return [of_matrices, adamw(group(rest, config.adam_lr), lr=config.adam_lr, weight_decay=0.0)]
 
 
 def snapshot(model: nn.Module, optimizers: list[Optimizer]) -> list[dict]:

@@ -3,6 +3,9 @@
     {"prompt": "12+34=", "answer": "46"}                                    a line of the JSONL file, or
     {"messages": [{"role": "user", "content": "12+34="}, {"role": "assistant", "content": "46"}, ...]}
 
+A line may have an "image" too, the name of a file beside the JSONL file or below it: a picture that stands in front of
+what the user says first. The model must be one that sees (weights/vision.py), and its tower learns with it.
+
 A dialogue of n answers has n turns, (everything before an answer, the answer); every visit takes one of them at random.
 A row is what the chat template makes of the prompt, then the answer and an end of text. Rows are filled up to the
 longest of their batch with more ends of text, which are part of the answer, masked and predicted: so a model learns how
@@ -24,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..diffusion import PROCESSES, Noised, lengths
 from ..errors import BadInput, BadLuck
+from ..files import confined, hash_file
 from ..measure.blocks import attention, block_levels, bound, noise_blocks
 from ..measure.likelihood import Pair, log_likelihoods
 from ..model import ModelConfig
@@ -31,6 +35,8 @@ from ..text.chat import MARKERS, ROLES, ChatTemplate, Message
 from ..text.corpora import records
 from ..text.ids import Tokens, digest_of
 from ..text.tokenizer import Tokenizer
+from ..weights.pictures import Tiles, n_patches, open_picture, tile
+from ..weights.tower import Vision
 from .config import SFTConfig, TunedConfig
 from .optim import evaluation
 from .pretraining import losses_by_part
@@ -80,6 +86,7 @@ class Items(Tokens):
     learned: list[Item]
     held: list[Item]
     longest: int  # tokens of the longest row
+    album: Sequence[Tiles] = ()  # the pictures that are part of prompts
 
     @property
     def prompt(self) -> list[int]:
@@ -95,20 +102,52 @@ def encode(turns: Iterable[Turn], template: ChatTemplate, c: ModelConfig) -> Ite
     return pairs
 
 
-def read_items(path: str | Path, template: ChatTemplate, c: ModelConfig, turns_of: Callable = dialogue) -> Items:
-    """Read a JSONL file for a model. Raises BadInput, which names the line, and BadLuck."""
+class Album:
+    """Collect the pictures of a JSONL file, each once, whatever number of lines it is in."""
+
+    def __init__(self, directory: Path, c: ModelConfig, vision: Vision | None) -> None:
+        self.directory, self.vision, self.end = directory, vision, c.embedding_size
+        self.pictures: list[Tiles] = []
+        self.ids: dict[Path, range] = {}  # of the patches of each
+        self.hashes: list[dict] = []  # of the files
+
+    def add(self, turns: list[Turn], name: str) -> list[Turn]:
+        """Put a picture in front of what a user says first. Raises BadInput, BadLuck."""
+        if self.vision is None:
+            raise BadInput(f"image: expected none, as the model only reads, got {name!r:.60}; begin with one that sees")
+        path = confined(self.directory, name, deep=True)
+        if path not in self.ids:
+            tiles = tile(open_picture(path), self.vision.image_size, self.vision.aspect, self.vision.grids)
+            self.ids[path] = range(self.end, self.end + n_patches(tiles, self.vision.side))
+            self.end = self.ids[path].stop
+            self.pictures.append(tiles)
+            self.hashes.append(hash_file(path))
+        first = next((i for i, m in enumerate(turns[0][0]) if m["role"] == "user"), None)
+        if first is None:
+            raise BadInput("image: expected a message of the user before an answer, got none; add one to that line")
+        picture = {"image": self.ids[path]}
+        return [([*b[:first], b[first] | picture, *b[first + 1 :]], answer) for b, answer in turns]
+
+
+def read_items(
+    path: str | Path, template: ChatTemplate, c: ModelConfig, turns_of: Callable = dialogue,
+    vision: Vision | None = None,
+) -> Items:  # fmt: skip
+    """Read a JSONL file for a model; vision: of one that sees. Raises BadInput, which names the line, and BadLuck."""
     if c.eos_id is None:
         raise BadInput("model: expected one with an end of text, got none; begin with a model that has an eos_id")
     if not Path(path).is_file():
         raise BadLuck(f"data: expected a JSONL file, got {path}; give the path of one")
-    items = []
+    items, album = [], Album(Path(path).parent, c, vision)
     for where, record in records(Path(path)):
         try:
             if not isinstance(record, dict):
                 raise BadInput(f"expected an object, got {type(record).__name__}; write {{...}} in that line")
-            items.append(encode(turns_of(record), template, c))
-        except BadInput as error:  # noqa: PERF203
-            raise BadInput(f"{where}: {error}") from None
+            turns = turns_of(record)
+            turns = album.add(turns, record["image"]) if "image" in record else turns
+            items.append(encode(turns, template, c))
+        except (BadInput, BadLuck) as error:  # noqa: PERF203
+            raise type(error)(f"{where}: {error}") from None
     if len(items) < 2:
         raise BadInput(f"{path}: expected two lines or more, to learn from and to validate, got {len(items)}; add some")
     n_held = max(1, len(items) // 10)
@@ -119,8 +158,9 @@ def read_items(path: str | Path, template: ChatTemplate, c: ModelConfig, turns_o
     texts, n = [template.tokenizer.decode(answer) for answer in answers], sum(map(len, answers))
     characters, size = sum(map(len, texts)) / n, sum(len(text.encode()) for text in texts) / n
     digest = digest_of(template.tokenizer)
-    digest.update(json.dumps([template.source, items]).encode())
-    return Items(flat(learned), flat(held), characters, size, digest.hexdigest(), learned, held, longest)
+    digest.update(json.dumps([template.source, items, *album.hashes]).encode())
+    held_in = (flat(learned), flat(held), characters, size, digest.hexdigest(), learned, held, longest)
+    return Items(*held_in, album.pictures)
 
 
 def visits(n: int, seed: int, start: int) -> Iterator[tuple[int, float]]:

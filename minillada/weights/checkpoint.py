@@ -31,6 +31,8 @@ from .device import check_memory
 from .headers import DTYPES, INDEX, SINGLE, Entry, read_headers
 from .schemes import SCHEMES, SIDE, Scheme, read_config, write_config
 from .shipped import HOME, shipped
+from .tower import TOWER, Vision, read_vision, write_vision
+from .vision import sees, with_vision
 
 NAMES = SCHEMES | GGUF  # Report.scheme -> the names of the tensors
 STORED = {"f16": torch.float16, "bf16": torch.bfloat16}  # kind of a GGUF tensor -> its dtype here; float32 for others
@@ -182,11 +184,17 @@ def inspect(directory: Path, tokenizer: Tokenizer | None, mask_id: int | None) -
     experts = 0 if header else 3 * config.n_expert * (config.n_layer - len(config.dense_layers))
     expect(len(entries) >= 5 * config.n_layer + experts, "tensors", f"those of {config.n_layer} layers", len(entries),
            "use a config.json and weights that belong together")  # fmt: skip
-    with torch.device("meta"):
-        meta = LLaDA(config)
+    meta = blank(config, read_vision(directory) if NAMES[scheme].seen else None)
     if wrong := mismatches(meta, NAMES[scheme], entries):
         raise BadInput(f"tensors: expected those of config.json, got {listed(wrong)}; use files that belong together")
     return Report(directory, scheme, config, entries, meta, hashes)
+
+
+def blank(config: ModelConfig, vision: Vision | None) -> LLaDA:
+    """Return a model without memory for its weights; vision: the tower of one that sees."""
+    with torch.device("meta"):
+        model = LLaDA(config)
+        return model if vision is None else with_vision(model, vision)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -273,18 +281,22 @@ def read_parameter(report: Report, ours: str) -> Tensor:
 
 
 def save(model: LLaDA, directory: str | Path, tokenizer: Tokenizer | None = None, shard_bytes: int = 5 * 10**9) -> None:
-    """Write a Hugging Face directory that the official code reads, in LLaDA's, LLaDA-MoE's or LLaDA2's names.
+    """Write a Hugging Face directory that the official code reads, in LLaDA's, LLaDA-MoE's, LLaDA2's, LLaDA-V's names.
     Fields that config.json has no key for go into minillada.json; manifest.json, the last file, has the SHA-256 of the
     others. A directory that cannot be finished is left as it was. Raises BadInput if it holds a model, BadLuck."""
     directory = Path(directory)
     check_whole("shard_bytes", shard_bytes, 1)
-    scheme, raw, side = write_config(model.config)
+    vision = model.embed.vision if sees(model) else None
+    scheme, raw, side = write_config(model.config, vision is not None)
     plan = plan_tensors(model, SCHEMES[scheme])
     for name, parts in plan.items():
         dtype = parts[0].dtype
         expect(dtype in DTYPES.values(), name, "a floating dtype", dtype, "save the model before quantising it")
     shards, total = group(plan, shard_bytes), sum(tensor.nbytes for tensor in weights(model).values())
     documents = {"config.json": raw} | ({SIDE: side} if side else {})
+    if vision is not None:
+        keys, tower = write_vision(vision)
+        documents |= {"config.json": raw | keys} | ({TOWER: tower} if tower else {})
     if len(shards) > 1:
         index = {name: file for file, names in shards.items() for name in names}
         documents[INDEX] = {"metadata": {"total_size": total}, "weight_map": index}

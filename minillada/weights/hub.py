@@ -12,8 +12,9 @@ from tqdm import tqdm
 from ..errors import BadInput, BadLuck
 
 # The files that a checkpoint is read from. Code and pickles are not downloaded.
-FILES = ["config.json", "generation_config.json", "minillada.json", "*.safetensors", "model.safetensors.index.json",
-         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]  # fmt: skip
+FILES = ["config.json", "generation_config.json", "minillada.json", "vision_config.json", "*.safetensors",
+         "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+         "chat_template.jinja"]  # fmt: skip
 
 
 class Quiet(tqdm):

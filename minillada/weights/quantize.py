@@ -7,8 +7,8 @@ computed again whenever they are used (PyTorch: a parametrization), which saves 
 in pieces, because all at once they take gigabytes. All of it is approximate; fp8 also rounds what the weights are
 multiplied with.
 
-The embedding stays as it is, because it is looked up and never multiplied with; so do norms and biases, which are
-small, and routers, because rounding one would send tokens to other experts.
+The embedding stays as it is, because it is looked up and never multiplied with; so do the tower of one that
+sees, norms and biases, which are small, and routers, because rounding one would send tokens to other experts.
 """
 
 import math
@@ -158,7 +158,7 @@ def in_pieces(linear: nn.Linear, x: Tensor) -> Tensor:
 
 def matrices(model: LLaDA) -> list[tuple[nn.Module, str]]:
     """List what is stored in few bits as (module, name of its weight). The head comes first: it is the largest."""
-    kept = [model.embed.weight] + [module.router.weight for module in model.modules() if isinstance(module, MoE)]
+    kept = [*model.embed.parameters()] + [module.router.weight for module in model.modules() if isinstance(module, MoE)]
     found = []
     for module in reversed(list(model.modules())):
         if isinstance(module, MoE):

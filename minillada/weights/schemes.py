@@ -1,4 +1,4 @@
-"""Translate names: four families of checkpoints name the config's fields and the tensors in their own ways.
+"""Translate names: five families of checkpoints name the config's fields and the tensors in their own ways.
 
 `read_config` makes a ModelConfig of a config.json, by a table for the family; `write_config` goes the other way.
 """
@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -35,13 +35,14 @@ class Scheme:
     absent: dict[str, Any]  # what a missing key means
     rare: dict[str, Any] = field(default_factory=dict)  # like fixed, for keys that save does not write
     spare: dict[str, str] = field(default_factory=dict)  # like keys, for keys that save does not write
+    seen: tuple[str, ...] = ()  # keys about pictures, which `read_vision` reads
     derive: Callable[[dict, dict], dict] = lambda values, found: {}  # (keys, fields so far) -> further fields
     express: dict[str, Callable[[ModelConfig], Any]] = field(default_factory=dict)  # key -> its value, for save
 
     def name_of(self, ours: str) -> str:
         """Return what the files call a parameter of the module; {e} stands for the expert, if its rows are experts."""
-        layer = re.match(r"layers\.(\d+)\.", ours)
-        name = self.tensors.get(re.sub(r"^layers\.\d+\.", "layers.{i}.", ours))
+        layer = re.search(r"\blayers\.(\d+)\.", ours)  # of the model or of its tower
+        name = self.tensors.get(re.sub(r"\blayers\.\d+\.", "layers.{i}.", ours))
         files.expect(name is not None, ours, "a name for it in the scheme", "none", "make the model a plain LLaDA")
         return name.replace("{i}", layer[1]) if layer else name
 
@@ -90,7 +91,7 @@ HF_TENSORS = tensors(
     for matrix in ("gate", "up", "down")  # here one tensor holds all experts
 }  # fmt: skip
 
-LLAMA = Scheme(  # LLaDA-V's language tower
+LLAMA = Scheme(
     marks=("hidden_size", "intermediate_size", "num_hidden_layers"),
     keys=HF_KEYS | {"d_ff": "intermediate_size", "qkv_bias": "attention_bias"},
     spare={"mask_id": "mask_token_id", "d_head": "head_dim"},
@@ -99,6 +100,42 @@ LLAMA = Scheme(  # LLaDA-V's language tower
     ignored={"attention_dropout": 0.0, "initializer_range": 0.02, "pretraining_tp": 1, "use_cache": False},
     tensors=HF_TENSORS,
 )
+
+
+def derive_llava(values: dict, found: dict) -> dict:
+    """Return the length of a LLaDA-V, the longer one of two that its config.json tells: pictures take many tokens."""
+    told = values["tokenizer_model_max_length"]
+    check_whole("tokenizer_model_max_length", told or 1, 1)
+    return {"max_len": max(found["max_len"], told or 1)}
+
+
+TOWER = "model.vision_tower.vision_tower.vision_model."
+TOWER_NAMES = {"patch": "embeddings.patch_embedding", "positions": "embeddings.position_embedding",
+               "post_norm": "post_layernorm"}  # fmt: skip
+TOWER_LAYER = {"norm1": "layer_norm1", "norm2": "layer_norm2", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
+               "v": "self_attn.v_proj", "o": "self_attn.out_proj", "up": "mlp.fc1", "down": "mlp.fc2"}  # fmt: skip
+TOWER_NAMES |= {f"layers.{{i}}.{ours}": f"encoder.layers.{{i}}.{theirs}" for ours, theirs in TOWER_LAYER.items()}
+
+LLADA_V = replace(  # LLaDA-V: Llama names, and those of LLaVA-NeXT for what makes patches of pictures
+    LLAMA, marks=(*LLAMA.marks, "mm_vision_tower"),
+    seen=("mm_hidden_size", "image_aspect_ratio", "image_grid_pinpoints"),
+    fixed=LLAMA.fixed | {
+        "image_crop_resolution": None, "image_split_resolution": None, "mm_newline_position": "grid",
+        "mm_patch_merge_type": "spatial_unpad", "mm_projector_type": "mlp2x_gelu", "mm_resampler_type": None,
+        "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "mm_vision_select_feature": "patch"},
+    ignored=LLAMA.ignored | {  # the official code ignores mm_vision_select_layer too; the others are of training
+        "add_faster_video": False, "add_time_instruction": False, "architectures": ["LlavaLLaDAModelLM"],
+        "faster_token_stride": 10, "force_sample": False, "mm_pooler_ratio": 2, "mm_projector_lr": None,
+        "mm_spatial_pool_mode": "bilinear", "mm_spatial_pool_stride": None,
+        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model", "mm_vision_select_layer": -2,
+        "mm_vision_tower": "google/siglip2-so400m-patch14-384", "mm_vision_tower_lr": 2e-6, "model_type": "llava_llada",
+        "tokenizer_padding_side": "right", "use_mm_proj": True, "vision_tower_pretrained": None},
+    absent=LLAMA.absent | {"tokenizer_model_max_length": None}, derive=derive_llava,
+    express={"tokenizer_model_max_length": lambda c: c.max_len},
+    tensors=HF_TENSORS | {"embed.newline": "model.image_newline"} | tensors(
+        {f"embed.tower.{ours}": TOWER + theirs for ours, theirs in TOWER_NAMES.items()} |
+        {f"embed.projector.{i}": f"model.mm_projector.{i}" for i in (0, 2)}, "", {}),
+)  # fmt: skip
 
 
 def derive_moe(values: dict, found: dict) -> dict:
@@ -174,7 +211,7 @@ LLADA2 = Scheme(  # LLaDA2.x: fused query, key and value; a router with a bias; 
              "partial_rotary_factor": lambda c: c.rotary_dim / c.d_head},
 )  # fmt: skip
 
-SCHEMES = {"LLaDA": LLADA, "LLaDA-MoE": LLADA_MOE, "LLaDA2": LLADA2, "Llama": LLAMA}  # in the order they are tried
+SCHEMES = {"LLaDA": LLADA, "LLaDA-MoE": LLADA_MOE, "LLaDA2": LLADA2, "LLaDA-V": LLADA_V, "Llama": LLAMA}  # tried so
 # Keys of any Hugging Face config that say nothing about the model. auto_map names code and is never used.
 COMMON = {"_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "max_window_layers", "model_type",
           "output_router_logits", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache"}  # fmt: skip
@@ -224,7 +261,7 @@ def recognise(raw: dict) -> str:
 def read_fields(raw: dict, scheme: Scheme, side: dict, source: str = "config.json") -> dict[str, Any]:
     """Return the fields of ModelConfig in a config.json, of the right types; ids may be missing. Raises BadInput."""
     keys, fixed = [*scheme.keys.values(), *scheme.express], scheme.fixed | scheme.rare
-    known = {*COMMON, *keys, *scheme.spare.values(), *fixed, *scheme.ignored}
+    known = {*COMMON, *keys, *scheme.spare.values(), *fixed, *scheme.ignored, *scheme.seen}
     if unknown := [repr(key) for key, value in raw.items() if key not in known and value is not None]:
         fix = "remove one only if it cannot change the model"
         raise BadInput(f"{source}: expected only keys that are implemented here, got {listed(unknown)}; {fix}")
@@ -261,13 +298,14 @@ def check_types(found: dict[str, Any], source: str) -> None:
         files.expect(holds, f"{name} in {source}", getattr(kind, "__name__", kind), value, f"change it in {source}")
 
 
-def write_config(config: ModelConfig) -> tuple[str, dict, dict]:
+def write_config(config: ModelConfig, sees: bool = False) -> tuple[str, dict, dict]:
     """Return the scheme's name, its config.json, and the fields that it has no key for (for minillada.json)."""
-    c = config
+    c = ModelConfig(**{f.name: getattr(config, f.name) for f in fields(ModelConfig)})
     sigmoid = c.router == "sigmoid" or c.router_renormalise or c.router_scale != 1 or c.n_expert_group > 1
     name = "LLaDA-MoE" if c.n_expert or c.qk_norm or c.rotary_dim != c.d_head else "LLaDA"
     if c.n_expert and (sigmoid or c.d_shared_expert):
         name = "LLaDA2"
+    name = "LLaDA-V" if sees else name
     scheme = SCHEMES[name]
     raw = {key: getattr(c, ours) for ours, key in scheme.keys.items()} | scheme.fixed | scheme.ignored
     raw |= {key: value(c) for key, value in scheme.express.items()}
