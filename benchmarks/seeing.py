@@ -26,7 +26,7 @@ from minillada.weights.vision import with_vision
 TINY = {"n_layer": 4, "n_head": 4, "d_model": 96, "d_ff": 256, "max_len": 64, "rope_theta": 100.0}
 EYES = {"width": 96, "d_ff": 192, "n_layer": 2, "n_head": 4, "image_size": 3 * CELL, "patch_size": CELL}
 RECIPE = {"lr": 0.01, "adam_lr": 0.003, "batch_size": 64, "precision": "float32", "keep": 1, "warmup": 0.05}
-STEPS, PICTURES = 1300, 6000
+STEPS, PICTURES = 1700, 6000
 LONGEST = 9  # tokens of the longest answer, with its end
 Asking = tuple[np.ndarray, np.ndarray, Asked]  # a picture, another one, a question about the first
 
@@ -46,7 +46,7 @@ def digits(test: bool) -> dict[str, list[np.ndarray]]:
 def lessons(out: Path, forms: Forms, n: int = PICTURES) -> list[Path]:
     """Write the pictures of the first lessons, of one thing each, and of the later ones, of one to three."""
     first = write_scenes(out / "alone", forms, {1: n // 4}, each=6)
-    return [first, write_scenes(out / "together", forms, {1: n // 8, 2: n * 5 // 8, 3: n // 4}, seed=1, each=7)]
+    return [first, write_scenes(out / "together", forms, {1: n // 8, 2: n * 5 // 8, 3: n // 4}, seed=1, each=8)]
 
 
 def newborn(out: Path, data: list[Path], seed: int = 0) -> Path:
@@ -61,8 +61,8 @@ def newborn(out: Path, data: list[Path], seed: int = 0) -> Path:
 
 
 def learn(out: Path, data: list[Path], start: Path, steps: int = STEPS) -> Iterator[RunStep]:
-    """Learn single things for a quarter of the steps, then all; yield the steps of both runs."""
-    for name, file, part in zip(("first", "then"), data, (steps // 4, steps - steps // 4), strict=True):
+    """Learn single things for a fifth of the steps, then all; yield the steps of both runs."""
+    for name, file, part in zip(("first", "then"), data, (steps // 5, steps - steps // 5), strict=True):
         rest = {"decay": 0.1 if name == "first" else 0.5, "eval_every": part}
         where = {"data": str(file), "start": str(start), "out": str(out / name)}
         yield from minillada.train(SFTConfig(**where, steps=part, **RECIPE, **rest))

@@ -100,13 +100,13 @@ def caption(things: Sequence[Thing]) -> str:
 
 
 def questions(things: Sequence[Thing], rng: random.Random) -> list[Asked]:
-    """Return a question of every kind about a scene, in random order."""
+    """Return a question of every kind about a scene, and where each thing is, in random order."""
     a = rng.choice(things)
     found = [
         Asked("colour", f"what colour is the {a.form}?", a.colour),
         Asked("shape", f"what is {a.colour}?", f"a {a.form}"),
         Asked("count", "how many things?", WORDS[len(things)]),
-        Asked("where", f"where is the {a}?", PLACES[a.cell]),
+        *(Asked("where", f"where is the {thing}?", PLACES[thing.cell]) for thing in things),
         Asked("there", f"what is in the {PLACES[a.cell]}?" if " " in PLACES[a.cell] else f"what is {PLACES[a.cell]}?",
               f"a {a}"),
     ]  # fmt: skip
