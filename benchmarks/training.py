@@ -2,6 +2,7 @@
 
     python benchmarks/training.py --threads 1 --seconds 120 --out training.json
     python benchmarks/training.py --compile --sizes "tiny, 8 × 128"    and ours compiled, which takes minutes
+    python benchmarks/training.py --others-muon    and ours with PyTorch's Muon, and with ours matrix by matrix
 
 The contestants and a large matrix product in each of their dtypes take turns, a few steps each, until the time is up;
 a figure is the median of its turns, with one thread of the processor's time. "Share of peak" is the arithmetic of the
@@ -23,6 +24,7 @@ import torch
 from curves import clock
 from torch import Generator
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from minillada import plain
@@ -31,6 +33,7 @@ from minillada.text.ids import Tokens
 from minillada.train import Ways, learn
 from minillada.training.config import TrainConfig
 from minillada.training.distributed import spread
+from minillada.training.muon import Muon
 from minillada.training.optim import choose_precision, make_optimizers
 from minillada.training.pretraining import TextPretraining
 
@@ -46,7 +49,21 @@ MATRIX = 1536  # rows and columns of the product that stands for the machine's p
 Step = Callable[[], object]
 
 
-def ours(config: TrainConfig, vocab_size: int) -> tuple[Step, Step, str, int]:
+def pytorchs(model: LLaDA, config: TrainConfig) -> list[Optimizer]:
+    """Return the optimisers of a run, but Muon as PyTorch has it: matrix by matrix, always in bfloat16."""
+    inner, rest = make_optimizers(model, config)
+    params = [{"params": group["params"], "initial_lr": group["initial_lr"]} for group in inner.param_groups]
+    return [torch.optim.Muon(params, lr=config.lr, weight_decay=config.weight_decay), rest]
+
+
+def one_by_one(model: LLaDA, config: TrainConfig) -> list[Optimizer]:
+    """Return the optimisers of a run, but a Muon for each matrix."""
+    inner, rest = make_optimizers(model, config)
+    each = [{"params": [p], "initial_lr": config.lr} for group in inner.param_groups for p in group["params"]]
+    return [*(Muon([group], config.lr, config.weight_decay, inner.dtype) for group in each), rest]
+
+
+def ours(config: TrainConfig, vocab_size: int, make: Callable = make_optimizers) -> tuple[Step, Step, str, int]:
     """Return a step as `train` takes it, its forward and backward alone, the precision it chose, its parameters."""
     rng, config = Generator().manual_seed(0), replace(config, precision=choose_precision(config)[0])
     ids = np.random.default_rng(0).integers(4, vocab_size, 100_000).astype(np.uint16)  # speed is the same for any text
@@ -55,7 +72,7 @@ def ours(config: TrainConfig, vocab_size: int) -> tuple[Step, Step, str, int]:
     objective = TextPretraining(Tokens(ids, ids, 1.0, 1.0, ""), config, mask_id=0)
     half = Ways(progress=lambda step: 0.5)  # at the full rate, however many steps are taken
     endless = replace(config, steps=10**9)
-    steps = learn(called, make_optimizers(model, config), objective, endless, rng, ways=half)
+    steps = learn(called, make(model, config), objective, endless, rng, ways=half)
     batches = objective.batches(0)
 
     def passes() -> None:
@@ -111,11 +128,14 @@ def race(steps: dict[str, Step], seconds: float, turn: float = 0.5) -> dict[str,
     return {name: median(found) for name, found in times.items()}
 
 
-def measure(size: str, seconds: float, changes: dict, compile: bool) -> dict[str, dict]:
+def measure(size: str, seconds: float, changes: dict, compile: bool, others: bool) -> dict[str, dict]:
     config, vocab_size = SIZES[size]
     config = replace(config, steps=10**6, **changes)  # more than are taken
     torch.manual_seed(0)
     contestants = {"plain": baseline(config, vocab_size), "ours": ours(config, vocab_size)}
+    if others:
+        contestants["PyTorch's Muon"] = ours(config, vocab_size, pytorchs)
+        contestants["Muon one by one"] = ours(config, vocab_size, one_by_one)
     flops = {name: arithmetic(passes) for name, (_, passes, _, _) in contestants.items()}
     if compile:
         contestants["compiled"] = ours(replace(config, compile=True), vocab_size)
@@ -139,6 +159,7 @@ def measure(size: str, seconds: float, changes: dict, compile: bool) -> dict[str
             "matmul_gflop_per_step": flops[name] / 1e9,
             "peak_gflops": peak / 1e9,
             "share_of_peak": flops[name] / taken[name] / peak,
+            "optimizer_milliseconds": 1000 * (taken[name] - taken[f"{name}, passes"]),
             "optimizer_share": 1 - taken[f"{name}, passes"] / taken[name],
             "speedup": taken["plain"] / taken[name],
             "speedup_of_passes": taken["plain, passes"] / taken[f"{name}, passes"],
@@ -155,6 +176,7 @@ def main() -> None:
     parser.add_argument("--optimizer", default="muon", choices=("muon", "adamw"), help="of ours (default: muon)")
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="of ours")
     parser.add_argument("--compile", action="store_true", help="let ours take part compiled too")
+    parser.add_argument("--others-muon", action="store_true", help="let ours take part with other ways to compute Muon")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="write the figures as JSON too")
     args = parser.parse_args()
@@ -165,7 +187,7 @@ def main() -> None:
     print("| Size | Step | Precision | ms | of it optimiser | Tokens/s | Peak, GFLOP/s | Share of peak | × plain |")
     print("|---|---|---|---|---|---|---|---|---|")
     for size in args.sizes:
-        found = results[size] = measure(size, args.seconds / len(args.sizes), changes, args.compile)
+        found = results[size] = measure(size, args.seconds / len(args.sizes), changes, args.compile, args.others_muon)
         for name, r in found.items():
             times = f"{r['speedup']:.2f} ({r['speedup_of_passes']:.2f} without optimisers)"
             print(f"| {size} | {name} | {r['precision']} | {r['milliseconds']:.1f} | {r['optimizer_share']:.0%} | "

@@ -177,7 +177,7 @@ class Draft:
         committed = self.on_canvas(rows, window, commit, False)
         self.x, self.held = torch.where(committed, proposed, self.x), torch.where(committed, p, self.held)
         if self.config.stop_at_eos and len(self.stop):
-            self.end_rows(rows[~settled])
+            self.end_rows(rows, settled)
         best = None
         if self.n_rivals:
             top = self.said[commit[asked]].softmax(-1).topk(min(self.n_rivals, self.said.shape[-1]))
@@ -192,11 +192,11 @@ class Draft:
         canvas[rows, window] = values
         return canvas
 
-    def end_rows(self, unsettled: Tensor) -> None:
+    def end_rows(self, rows: Tensor, settled: Tensor) -> None:
         """Fill the holes behind a stop id that was written with no hole before it: nobody will read them."""
         hole = self.x == self.c.mask_id
         ended = torch.isin(self.x, self.stop) & ~self.given & (hole.cumsum(1) == 0)
-        ended[unsettled] = False
+        ended[rows] &= settled[:, None]
         self.x = torch.where(hole & (ended.cumsum(1) > 0), self.stop[0], self.x)
 
 

@@ -31,6 +31,10 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen[func.__name__.split(".")[0]] += 1
+        if func.__name__.startswith("index") and isinstance(args[1], (list, tuple)):
+            self.seen["nonzero"] += any(
+                i is not None and i.dtype == torch.bool for i in args[1]
+            )  # x[mask] counts first
         return func(*args, **(kwargs or {}))
 
     def of(self, names):
@@ -50,7 +54,7 @@ class Count(TorchDispatchMode):
 def test_a_step_waits_once(fields, options):
     model = tiny_model(**fields)
     canvas, last, counts = Canvas.continuation(PROMPTS, 16, model.config), 0, []
-    config = SampleConfig(**{"gen_len": 16, "steps": 16, "block_len": 16, "stop_at_eos": False} | options)
+    config = SampleConfig(**{"gen_len": 16, "steps": 16, "block_len": 16} | options)
     steps = stream(model, canvas, config)
     next(steps)  # which also looks at the canvas and cuts it into windows
     while True:

@@ -54,6 +54,10 @@ class Graphed(Whole):
         self.seen: dict[tuple, Recording | None] = {}  # shape -> recording, None after the first time; oldest first
         self.lent: list[tuple[ref, dict]] = []  # caches, and the keys and values that each uses
 
+    def __copy__(self) -> "Graphed":
+        """Return one that shares no keys and values with this one."""
+        return Graphed(self.model, self.record)
+
     @torch.no_grad()
     def __call__(self, ask: Ask, cache: KVCache | None = None) -> Tensor:
         if ask.positions is not None and type(cache) is not KVCache:  # WINO's shadows: new shapes in every step
