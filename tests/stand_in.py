@@ -91,8 +91,9 @@ def llama_memory_clear(memory, data):
 
 
 def llama_memory_seq_rm(memory, row, start, stop):
-    assert stop == -1 and start <= memory[row].length
-    memory[row].length = start
+    held = memory.setdefault(row, Memory())
+    assert stop == -1 and start <= held.length
+    held.length = start
     return True
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import stand_in
 import torch
-from oracles import GOLDEN
+from oracles import GOLDEN, tiny_model
 from safetensors.torch import load_file
 from talkers import write_talker
 
@@ -19,6 +19,7 @@ from minillada.commands.cli import run
 from minillada.decoding import llama_cpp
 from minillada.decoding.llama_cpp import LlamaCpp
 from minillada.errors import BadInput, BadLuck
+from minillada.model import block_causal
 from minillada.sampler import Canvas, SampleConfig, generate, stream
 from minillada.strategies import Ask
 from minillada.weights import convert
@@ -194,6 +195,53 @@ def test_places_may_be_asked_in_any_order(made, engine):
     ask = Ask(tokens, where, slice(0, 12), torch.arange(2))
     with torch.no_grad():
         assert torch.allclose(LlamaCpp(path)(ask), module(tokens)[where], **CLOSE)
+
+
+# ---- block models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def block_model(tmp_path_factory):
+    """A random block model, blocks of 4, as the module and as a GGUF file."""
+    model = tiny_model(d_model=32, d_ff=64, block=4)
+    path = tmp_path_factory.mktemp("gguf") / "blocks.gguf"
+    convert.write(path, model, "f32")
+    return model, path
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {}, {"cache": "block"}, {"cache": "block", "steps": 8}, {"commit": "threshold:0.3"}, {"cfg_scale": 1.0},
+        {"temperature": 0.7, "remasking": "random"}, {"block": 8, "block_len": 8}, {"block": 0, "cache": "prefix"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_block_model_decodes_like_the_module(setting, block_model, engine):
+    module, path = block_model
+    predict, config = LlamaCpp(path), SampleConfig(**{"gen_len": 16, "steps": 16, "block_len": 4, **setting})
+    assert predict.config.block == 4
+    for prompts in ([[1, 2, 3, 4, 5]], [[1, 2, 3, 4, 5], [7], [3] * 9]):
+        assert generate(predict, prompts, config, seed=1) == generate(module, prompts, config, seed=1)
+
+
+def test_a_block_model_sees_its_own_block_and_those_before(block_model, engine):
+    module, path = block_model
+    tokens = torch.randint(0, 13, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = module(tokens, block_causal(torch.arange(12) // 4))
+    assert torch.allclose(LlamaCpp(path).logits(tokens), wanted, **CLOSE)
+
+
+def test_finished_blocks_are_not_evaluated_again(block_model, engine, monkeypatch):
+    module, path = block_model
+    predict, sizes = LlamaCpp(path), []
+    decode = predict.decode
+    monkeypatch.setattr(predict, "decode", lambda tokens, *more: (sizes.append(len(tokens)), decode(tokens, *more)))
+    config = SampleConfig(gen_len=8, steps=8, block_len=4)
+    for _ in stream(predict, Canvas.continuation([[1] * 8], 8, module.config), config):
+        pass
+    assert sizes == [4] * 11  # the prompt's two blocks, a block four times, it once more, the next one four times
 
 
 # ---- the scripts -----------------------------------------------------------------------------------------------------

@@ -87,15 +87,20 @@ class BlockCache(BlockCausal):
         )
 
 
+def sees_all(predict: MaskPredictor) -> bool:
+    """Tell whether a block model's predictor looks beyond its blocks. llama.cpp's has an exact cache of its own."""
+    return bool(predict.config.block) and not getattr(predict, "by_blocks", False)
+
+
 def blocks(predict: MaskPredictor, given: Tensor) -> MaskPredictor:
     """Return a predictor of a block model, without a cache. A model that sees everything is returned as it is."""
-    return BlockCausal(predict) if predict.config.block else predict
+    return BlockCausal(predict) if sees_all(predict) else predict
 
 
 def block_cache(predict: MaskPredictor, given: Tensor) -> MaskPredictor:
     """Return a predictor of a block model with the cache. A model that sees everything is returned as it is: its only
     block is the whole canvas, and nothing of it is finished before the end."""
-    return BlockCache(predict, given) if predict.config.block else predict
+    return BlockCache(predict, given) if sees_all(predict) else predict
 
 
 CACHES |= {"blocks": lambda: blocks, "block": lambda: block_cache}

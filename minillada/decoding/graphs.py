@@ -103,8 +103,10 @@ def graphed(model: LLaDA, graphs: str = "auto") -> LLaDA | Graphed:
     """Return what to sample with: the model, or Graphed where its layers can be recorded, on a GPU. graphs: "auto", or
     "off". Raises BadInput for another word."""
     check_one_of("graphs", graphs, ("auto", "off"))
+    if type(model) is not LLaDA:
+        return model
     weight, c = model.embed.weight, model.config
     waits = c.n_expert and not groups_products(weight.device, weight.dtype)  # what waits cannot be recorded
-    if graphs == "off" or not weight.is_cuda or waits or type(model) is not LLaDA:
+    if graphs == "off" or not weight.is_cuda or waits:
         return model
     return Graphed(model, recorder())

@@ -2,7 +2,8 @@
 
 The package `llama-cpp-python` (extra `cpp`) brings llama.cpp; of it only the C functions are used. Each row of the
 canvas is a sequence of its own, without its padding. A dense model runs as llama.cpp's `llama` with attention in both
-directions, which unlike its `llada` keeps keys and values (the prefix cache) and computes only the logits asked for.
+directions, which unlike its `llada` keeps keys and values and computes only the logits asked for. So there is the
+prefix cache, and a block model is evaluated block by block with a cache that is exact, whatever `cache` says.
 Shapes: R rows, T sequence, N holes asked about, V vocabulary.
 """
 
@@ -35,6 +36,7 @@ class LlamaCpp:
     """
 
     device = torch.device("cpu")  # where the logits are
+    by_blocks = True  # it sees to the blocks of a block model itself
 
     def __init__(
         self,
@@ -51,14 +53,13 @@ class LlamaCpp:
         self.config, self.threads = config or report.config, threads or torch.get_num_threads()
         self.exact = set(report.dtypes) == {"f32"} if exact is None else exact
         self.keeps = "llama.block_count" in gguf.read_header(path).keys  # keys and values
-        self.lib, self.held, self.room = library(), None, (0, 0, 0)
-        self.c: dict[str, Any] = {}  # llama.cpp's model and context
-        weakref.finalize(self, release, self.lib, self.c)
+        self.lib = library()
+        self.handle = Handle(self.lib)  # shared by copies of this object
         params = self.lib.llama_model_default_params()
         overrides = architecture(self.lib, "llama" if self.keeps else report.scheme.split()[-1])
         fill(params, n_gpu_layers=gpu_layers, kv_overrides=overrides)
-        self.c["model"] = self.lib.llama_model_load_from_file(str(path).encode(), params)
-        if not self.c["model"]:
+        self.handle.c["model"] = self.lib.llama_model_load_from_file(str(path).encode(), params)
+        if not self.handle.c["model"]:
             raise BadLuck(f"{path}: expected llama.cpp to load it, got {told()}; convert it again, or free memory")
 
     def __call__(self, ask: Ask, cache: KVCache | None = None) -> Tensor:
@@ -69,29 +70,69 @@ class LlamaCpp:
         consecutive = ask.positions is None or torch.equal(ask.positions, torch.arange(start, start + width))
         if not consecutive or (ask.attn_mask is not None and ask.attn_mask.shape[-2] > 1):
             raise BadInput("llama.cpp: expected positions that all see the same, got others (wino); leave revise out")
-        if cache is not None and not self.keeps:
+        if (cache is not None or self.config.block) and not self.keeps:
             raise BadInput("cache: expected none, since llama.cpp keeps no keys of this file, got one; leave it out")
         if int(ask.rows.max()) >= MOST:
             raise BadInput(f"rows: expected at most {MOST} (half with guidance), got more; use smaller batches")
         valid = ask.x.new_ones(n_row, start + width, dtype=torch.bool)
         valid = valid if ask.attn_mask is None else ask.attn_mask[:, 0, 0]
-        here, n_before = valid[:, start:], valid[:, :start].sum(1)  # (R,T), (R,)
+        if self.config.block:
+            spans = self.changed(ask, valid)
+        else:
+            spans = [(0, width)]
+            self.whole(ask, valid, start, cache)
+        said = torch.empty(len(ask.where[0]), self.config.embedding_size)
+        for first, stop in spans:
+            there, logits = self.evaluate(ask, valid, start, first, stop)
+            said[there] = logits
+        return said
+
+    def whole(self, ask: Ask, valid: Tensor, start: int, cache: KVCache | None) -> None:
+        """Make room for an evaluation of the canvas, or keep what stands before `start` of the one before."""
         if start == 0:
-            self.begin(int(here.sum()), n_row * (ask.window.stop - ask.window.start), int(ask.rows.max()) + 1)
-            self.held = cache
-        elif self.held is not cache:
+            self.begin(int(valid.sum()), len(ask.x) * (ask.window.stop - ask.window.start), int(ask.rows.max()) + 1)
+            self.handle.c["held"] = cache
+        elif self.handle.c.get("held") is not cache:
             raise BadInput("llama.cpp: expected the canvas of the evaluation before, got another; use one per stream")
-        elif start:
-            memory = self.lib.llama_get_memory(self.c["context"])
-            for row, n in zip(ask.rows.tolist(), n_before.tolist(), strict=True):
-                self.lib.llama_memory_seq_rm(memory, row, n, -1)
-        wanted = torch.zeros_like(here).index_put(ask.where, torch.tensor(True))
-        position = n_before[:, None] + here.cumsum(1) - 1
+        else:
+            self.forget(ask, valid, start)
+
+    def changed(self, ask: Ask, valid: Tensor) -> list[tuple[int, int]]:
+        """Return the blocks to evaluate, up to the window's end: those with new tokens, what stands behind them, and
+        the window. Keys and values of the blocks before them are held, and exact."""
+        block, stop, n_row = self.config.block, ask.window.stop, int(ask.rows.max()) + 1
+        known = self.handle.c.get("held")
+        if not isinstance(known, Tensor) or known.shape[1] != valid.shape[1] or len(known) < n_row:
+            self.begin(n_row * valid.shape[1], len(ask.x) * block, n_row)
+            known = self.handle.c["held"] = valid.new_full((n_row, valid.shape[1]), -1, dtype=torch.long)
+        now = ask.x.masked_fill(~valid, -2)  # (R,T)
+        same = (now == known[ask.rows]).all(0).long().cumprod(0).sum()  # columns
+        first = min(int(same), ask.window.start) // block * block
+        self.forget(ask, valid, first)
+        known[ask.rows, first:] = -1
+        known[ask.rows, first:stop] = now[:, first:stop]
+        return [(a, min(a + block, stop)) for a in range(first, stop, block) if valid[:, a : a + block].any()]
+
+    def forget(self, ask: Ask, valid: Tensor, start: int) -> None:
+        """Forget what is held of the columns from `start` on."""
+        memory = self.lib.llama_get_memory(self.handle.c["context"])
+        for row, n in zip(ask.rows.tolist(), valid[:, :start].sum(1).tolist(), strict=True):
+            self.lib.llama_memory_seq_rm(memory, row, n, -1)
+
+    def evaluate(self, ask: Ask, valid: Tensor, start: int, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Evaluate the columns from `first` to `stop` of the question, which begins at column `start` of the canvas.
+        Return which of the places asked about stand there (N,), and their logits."""
+        here, before = valid[:, start + first : start + stop], valid[:, : start + first].sum(1, keepdim=True)
+        there = (ask.where[1] >= first) & (ask.where[1] < stop)
+        where = ask.where[0][there], ask.where[1][there] - first
+        wanted = torch.zeros_like(here).index_put(where, torch.tensor(True))
         row = ask.rows[:, None].expand_as(here)
-        self.decode(*(part[here].tolist() for part in (ask.x, position, row, wanted)))
-        number = (here.flatten().cumsum(0) - 1).view_as(here)[ask.where]  # (N,) of the token in the batch
-        found = [self.lib.llama_get_logits_ith(self.c["context"], i) for i in number.tolist()]
-        return torch.from_numpy(np.stack([np.ctypeslib.as_array(p, (self.config.embedding_size,)) for p in found]))
+        parts = (ask.x[:, first:stop], before + here.cumsum(1) - 1, row, wanted)
+        self.decode(*(part[here].tolist() for part in parts))
+        number = (here.flatten().cumsum(0) - 1).view_as(here)[where]  # of the token in the batch
+        found = [self.lib.llama_get_logits_ith(self.handle.c["context"], i) for i in number.tolist()]
+        logits = [np.ctypeslib.as_array(pointer, (self.config.embedding_size,)) for pointer in found]
+        return there, torch.from_numpy(np.array(logits, np.float32).reshape(len(found), self.config.embedding_size))
 
     def logits(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
         """Return the logits (R,T,V) of every token of tokens (R,T) long; 0 where valid (R,T) bool is False."""
@@ -102,23 +143,23 @@ class LlamaCpp:
 
     def begin(self, *need: int) -> None:
         """Forget what is held; make room for so many tokens, logits and rows. More room than that would cost memory."""
-        if any(map(int.__gt__, need, self.room)):
-            if "context" in self.c:
-                self.lib.llama_free(self.c.pop("context"))
-            self.room = n_token, n_logits, n_row = tuple(map(max, need, self.room))
-            params = self.lib.llama_context_default_params()
+        c = self.handle.c
+        if any(map(int.__gt__, need, c["room"])):
+            if "context" in c:
+                self.lib.llama_free(c.pop("context"))
+            n_token, n_logits, n_row = room = tuple(map(max, need, c["room"]))
+            params, c["room"] = self.lib.llama_context_default_params(), (0, 0, 0)
             fill(params, n_ctx=n_token, n_batch=n_token, n_ubatch=n_token, n_seq_max=n_row, kv_unified=True)
             fill(params, n_threads=self.threads, n_threads_batch=self.threads)
             fill(params, n_outputs_max=min(n_logits, n_token) if self.keeps else 0)
             if self.exact:
                 fill(params, type_k=0, type_v=0, flash_attn_type=0)  # float32, float32, off
-            context = self.lib.llama_init_from_model(self.c["model"], params)
+            context = self.lib.llama_init_from_model(c["model"], params)
             if not context:
-                self.room = (0, 0, 0)
                 raise BadLuck(f"llama.cpp: expected room for {n_token} tokens, got {told()}; use fewer or shorter rows")
-            self.c["context"] = context
+            c["context"], c["room"] = context, room
         elif self.keeps:
-            self.lib.llama_memory_clear(self.lib.llama_get_memory(self.c["context"]), False)
+            self.lib.llama_memory_clear(self.lib.llama_get_memory(c["context"]), False)
 
     def decode(self, tokens: list[int], positions: list[int], rows: list[int], wanted: list[bool]) -> None:
         """Evaluate tokens, each at a position of its row; compute logits of those wanted. Raises BadLuck."""
@@ -127,7 +168,7 @@ class LlamaCpp:
         for i, (token, position, row, flag) in enumerate(zip(tokens, positions, rows, wanted, strict=True)):
             batch.token[i], batch.pos[i], batch.logits[i] = token, position, flag
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
-        code = self.lib.llama_decode(self.c["context"], batch)
+        code = self.lib.llama_decode(self.handle.c["context"], batch)
         self.lib.llama_batch_free(batch)
         if code:
             raise BadLuck(f"llama.cpp: expected it to evaluate {len(tokens)} tokens, got {told()}; use fewer")
@@ -178,8 +219,15 @@ def architecture(lib: ModuleType, name: str) -> Any:
     return entries
 
 
+class Handle:
+    """Own what llama.cpp holds, its model and its context, and free it when nobody needs it any more."""
+
+    def __init__(self, lib: ModuleType) -> None:
+        self.c: dict[str, Any] = {"room": (0, 0, 0)}  # and "held": whose keys and values are in memory
+        weakref.finalize(self, release, lib, self.c)
+
+
 def release(lib: ModuleType, c: dict[str, Any]) -> None:
-    """Free what llama.cpp holds."""
     for name, free in (("context", lib.llama_free), ("model", lib.llama_model_free)):
         if c.get(name):
             free(c.pop(name))

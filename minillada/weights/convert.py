@@ -76,7 +76,7 @@ def architecture(c: ModelConfig) -> str:
     if c.n_expert:
         only |= {"dense_layers": (), "router": "softmax", "router_renormalise": False, "router_scale": 1,
                  "n_expert_group": 1, "d_shared_expert": 0, "qk_norm": True, "qkv_bias": False, "tie_head": False,
-                 "d_head": c.d_model // c.n_head}  # fmt: skip
+                 "d_head": c.d_model // c.n_head, "block": 0}  # fmt: skip
     else:
         only |= {"qk_norm": False}
     for name, value in only.items():
@@ -197,16 +197,16 @@ def read_config(
     raw["diffusion.shift_logits"] = keys.get("diffusion.shift_logits", False)
     ids = {IDS[ours]: keys.get(f"tokenizer.ggml.{key}") for ours, key in TOLD.items()}
     raw |= {key: id for key, id in ids.items() if id is not None}
-    for key, value in keys.items():  # its twin, by which llama.cpp goes where it keeps keys and values
-        if key.startswith("llama."):
-            twin = keys.get(f"{name}.{key[6:]}")
-            expect(type(value) is type(twin) and value == twin, f"{key} in {path.name}", f"that of {name}", value, fix)
     found = read_fields(raw, scheme, {}, path.name)
     side = parse_side(keys.get("minillada.config"))
     for field in found.keys() & side.keys():
         theirs, ours = found[field], side[field]
         same = np.float32(theirs) == np.float32(ours) if isinstance(theirs, float) else theirs in (None, ours)
         expect(same or field == "vocab_size", f"minillada.config in {path.name}", f"{field} {theirs}", ours, fix)
+    for key, value in keys.items():  # its twin, by which llama.cpp goes where it keeps keys and values
+        if key.startswith("llama."):
+            twin = keys.get(f"{name}.{key[6:]}")
+            expect(type(value) is type(twin) and value == twin, f"{key} in {path.name}", f"that of {name}", value, fix)
     config = complete(found | side, raw, tokenizer, mask_id)
     architecture(config)
     return f"GGUF {name}", config
