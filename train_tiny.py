@@ -49,6 +49,7 @@ def options() -> Parser:
     p.add_argument("--rows", help="windows of the whole text (default), or documents: one in each row, with its end")
     p.add_argument("--optimizer", help="of the matrices: muon (default) or adamw")
     p.add_argument("--lr", type=float, help="its learning rate")
+    p.add_argument("--errors", type=float, metavar="SHARE", help="of given tokens that are wrong and to be corrected")
     p.add_argument("--process", help="how to noise: exact-count, bernoulli-mean, bernoulli (LLaDA's), bernoulli-cosine")
     p.add_argument("--precision", help="float32, bfloat16 or auto: bfloat16 if the device has instructions for it")
     p.add_argument("--eval-every", type=int, help="steps between validations and samples")

@@ -20,6 +20,7 @@ from minillada.measure.blocks import beside, block_levels, bound, noise_blocks
 from minillada.model import LLaDA, block_causal
 from minillada.sampler import Canvas
 from minillada.training.config import TrainConfig
+from minillada.training.edits import with_errors
 
 CASES = json.loads((GOLDEN / "llada2_decode" / "expected.json").read_text(encoding="utf-8"))["cases"]
 
@@ -285,3 +286,24 @@ def test_a_whole_text_as_one_block_is_noised_as_before():
     assert torch.equal(found.weight, expected.weight[:, None].expand(-1, 6))
     assert torch.allclose(bound(small(0), x0, found), model_bound(small(0), x0, expected), atol=1e-6)
     assert sample_t(4, rng).shape == (4,)
+
+
+def test_wrong_tokens_are_asked_about_and_as_many_right_ones():
+    x0, rng = torch.zeros(200, 50, dtype=torch.long), Generator().manual_seed(0)
+    maskable = torch.arange(50).expand(200, -1) >= 10
+    noised = exact_count(x0, 9, torch.full((200,), 0.5), rng, maskable)
+    found = with_errors(x0, noised, 0.1, 10, 9, rng, maskable)
+    wrong = (found.xt != 0) & (found.xt != 9)
+    assert not (wrong & ~maskable).any()
+    assert (found.xt == 9).sum() == noised.masked.sum()
+    assert wrong.sum() / (200 * 20) == pytest.approx(0.1 * 8 / 9, abs=0.02)  # one word in nine is right by chance
+    assert (found.masked & ~noised.masked).sum() / (200 * 20) == pytest.approx(0.2, abs=0.02)
+    assert (found.weight[noised.masked] == 2).all()
+    assert (found.weight[found.masked & ~noised.masked] == 1).all()
+
+
+def test_a_run_learns_to_correct():
+    *_, last = minillada.train(nano(block=8, errors=0.1))
+    assert math.isfinite(last.loss)
+    with pytest.raises(BadInput, match="errors: expected"):
+        nano(errors=2.0)

@@ -45,7 +45,7 @@ CHECKS = (
     (check_whole, ("seed",), (0, 2**63 - 1)),
     (check_number, ("balance", "z_loss", "bias_rate", "sft_share"), (0,)),
     (check_number, ("lr", "adam_lr", "clip", "beta"), (TINY,)),
-    (check_number, ("warmup", "decay", "weight_decay"), (0, 1)),
+    (check_number, ("warmup", "decay", "weight_decay", "errors"), (0, 1)),
     (check_one_of, ("optimizer",), (("muon", "adamw"),)),
     (check_one_of, ("process",), (PROCESSES,)),
     (check_one_of, ("precision",), (("auto", "float32", "bfloat16"),)),
@@ -117,6 +117,7 @@ class TrainConfig(RunConfig):
     rows: str | None = None  # windows (of the whole text) | documents (one in each row, with its end of text)
     block: int | None = None  # tokens of a block of a block-causal model; None: that of `start`, or 0: no blocks
     start: str | None = None  # the run or model directory to go on from, with its tokenizer; None: a new model
+    errors: float = 0.0  # share of the given tokens that are replaced by random ones and predicted too (LLaDA2.1)
     bias_rate: float = 0.0  # what a sigmoid router's biases move by in each step; then leave balance out
 
     def recipe(self) -> dict:
@@ -177,6 +178,7 @@ class SFTConfig(TunedConfig):
     objective: ClassVar[str] = "sft"
     defaults: ClassVar[dict] = {"optimizer": "muon", "lr": 0.003, "adam_lr": 0.001, "steps": 1000, "batch_size": 32}
 
+    errors: float = 0.0  # share of the given tokens that are replaced by random ones and predicted too (LLaDA2.1)
     eos_padding: bool = True  # ends of text that fill a row up are part of the answer
 
 
@@ -211,7 +213,7 @@ def config_of(document: dict) -> RunConfig:
         raise BadInput(f"{what}, got version {version!r} and {objective!r}; {fix}")
     kind = CONFIGS[objective]
     del fields["version"], fields["objective"]
-    later = {"sampling": {}}  # what older runs do not have
+    later = {"sampling": {}} | ({} if kind is VRPOConfig else {"errors": 0.0})  # what older runs do not have
     later |= {"rows": "windows", "block": None, "start": None} if kind is TrainConfig else {}
     fields = later | fields
     if others := fields.keys() ^ {field.name for field in dataclasses.fields(kind)}:

@@ -107,7 +107,7 @@ def begin_model(config: RunConfig, tokenizer: Tokenizer, rng: Generator, newest:
 def begin_objective(config: RunConfig, text: Tokens, c: ModelConfig) -> Objective:
     """Return what a config asks to learn, balanced if there are experts."""
     if isinstance(config, TrainConfig):
-        objective = TextPretraining(text, config, c.mask_id, c.eos_id, c.block)
+        objective = TextPretraining(text, config, c.mask_id, c.eos_id, c.block, c.vocab_size)
     elif isinstance(config, SFTConfig):
         objective = SFT(text, config, c)
     else:

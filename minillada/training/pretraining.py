@@ -17,6 +17,7 @@ from ..text.tokenizer import Tokenizer
 from ..train import Pretraining
 from .config import RunConfig, TrainConfig
 from .distributed import reduce, share, shares
+from .edits import with_errors
 from .optim import evaluation
 
 LEVELS = 10  # equal bins of (0,1]
@@ -40,8 +41,9 @@ class TextPretraining(Pretraining):
     """Predict the hidden tokens of a text."""
 
     def __init__(
-        self, text: Tokens, config: TrainConfig, mask_id: int, eos_id: int | None = None, block: int = 0
-    ) -> None:
+        self, text: Tokens, config: TrainConfig, mask_id: int, eos_id: int | None = None, block: int = 0,
+        vocab_size: int = 0,
+    ) -> None:  # fmt: skip
         size = config.batch_size, config.length, config.seed
         if config.rows == "documents":
             train, val = (whole_documents(tokens, eos_id) for tokens in (text.train, text.val))
@@ -50,7 +52,7 @@ class TextPretraining(Pretraining):
         else:
             draw, held = partial(batches, text.train, *size), validation_batch(text.val, 128, config.length)
         super().__init__(draw, held, mask_id, PROCESSES[config.process])
-        self.text, self.config, self.block = text, config, block
+        self.text, self.config, self.block, self.vocab_size = text, config, block, vocab_size
         self.given = int(config.rows == "documents")  # columns that are never hidden: the end of text in front
 
     def maskable(self, x0: Tensor) -> Tensor | None:
@@ -58,10 +60,13 @@ class TextPretraining(Pretraining):
         return (torch.arange(x0.shape[1]) >= self.given).expand_as(x0) if self.given else None
 
     def noise(self, x0: Tensor, rng: Generator) -> tuple[Tensor, Noised]:
-        if not (self.given or self.block):
+        if not (self.given or self.block or self.config.errors):
             return super().noise(x0, rng)
-        t = block_levels(x0, self.block, rng)
-        return x0, noise_blocks(x0, self.mask_id, t, rng, self.block, self.maskable(x0), self.process)
+        t, maskable = block_levels(x0, self.block, rng), self.maskable(x0)
+        noised = noise_blocks(x0, self.mask_id, t, rng, self.block, maskable, self.process)
+        if self.config.errors:
+            noised = with_errors(x0, noised, self.config.errors, self.vocab_size, self.mask_id, rng, maskable)
+        return x0, noised
 
     def held_noise(self) -> tuple[Tensor, Noised]:
         if not (self.given or self.block):

@@ -38,6 +38,7 @@ from ..text.tokenizer import Tokenizer
 from ..weights.pictures import Tiles, n_patches, open_picture, tile
 from ..weights.tower import Vision
 from .config import SFTConfig, TunedConfig
+from .edits import with_errors
 from .optim import evaluation
 from .pretraining import losses_by_part
 
@@ -209,6 +210,7 @@ class SFT:
 
     def __init__(self, items: Items, config: SFTConfig, c: ModelConfig) -> None:
         self.items, self.config, self.mask_id, self.block = items, config, c.mask_id, c.block
+        self.vocab_size = c.vocab_size
         self.fill = c.eos_id if config.eos_padding else PADDING
         self.numbers: dict = {}
 
@@ -221,7 +223,10 @@ class SFT:
         """Return x0 (B,T) and its noise, weighed for SFT."""
         x0, maskable = stack(batch, self.fill)
         t, process = block_levels(x0, self.block, rng), PROCESSES[self.config.process]
-        return x0, per_answer(noise_blocks(x0, self.mask_id, t, rng, self.block, maskable, process), maskable)
+        noised = noise_blocks(x0, self.mask_id, t, rng, self.block, maskable, process)
+        if self.config.errors:
+            noised = with_errors(x0, noised, self.config.errors, self.vocab_size, self.mask_id, rng, maskable)
+        return x0, per_answer(noised, maskable)
 
     def losses(self, model: nn.Module, batch: list[Pair], rng: Generator) -> Iterator[Tensor]:
         """Yield this process's parts of the bound, in nats per token of an answer."""
