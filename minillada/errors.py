@@ -127,6 +127,8 @@ def check_blocks(config, c) -> tuple[int, str]:
     BadInput for a cache of a SampleConfig that would let a block model see what it must not."""
     if c.block and config.cache not in ("none", "blocks", "block"):
         raise BadInput(f"cache: expected none or block with a block model, got {config.cache}; leave it out")
+    if config.commit == "speculate" and config.cache == "block":
+        raise BadInput("cache: expected none with commit speculate, got block; leave one of the two out")
     return c.block, "blocks" if c.block and config.cache == "none" else config.cache
 
 

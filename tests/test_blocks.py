@@ -307,3 +307,23 @@ def test_a_run_learns_to_correct():
     assert math.isfinite(last.loss)
     with pytest.raises(BadInput, match="errors: expected"):
         nano(errors=2.0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_self_speculation_writes_what_blocks_of_one_token_write(seed):
+    model = tiny_model(seed, max_len=64, block=4).double()
+    one = SampleConfig(gen_len=14, steps=14, block_len=14, block=1)
+    assert generate(model, PROMPTS, replace(one, block=4, commit="speculate")) == generate(model, PROMPTS, one)
+
+
+def test_self_speculation_needs_fewer_evaluations_where_drafts_are_right():
+    model, tokenizer = minillada.load("tales")
+    prompt = [1, *tokenizer.encode("Once upon a time a brave child named Greta lived by the river. ")]
+    one = SampleConfig(gen_len=40, steps=40, block_len=40, block=1)
+    found = {}
+    for name, config in (("one", one), ("speculate", replace(one, block=4, commit="speculate"))):
+        c = replace(model.config, block=config.block)
+        found[name] = list(stream(model, Canvas.continuation([prompt], 40, c), config))
+    width = found["one"][-1].x.shape[1]
+    assert torch.equal(found["one"][-1].x, found["speculate"][-1].x[:, :width])
+    assert len(found["speculate"]) < 0.75 * len(found["one"])

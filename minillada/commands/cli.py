@@ -31,7 +31,7 @@ SAMPLING = {
     "temperature": "0 takes the most probable token, 1 samples from the model",
     "remasking": "which holes are filled first: low_confidence, random, margin or entropy",
     "commit": "how many per step: quota, threshold:0.9, factor:1, entropy-bound:0.1, klass:0.9,0.01, ancestral or "
-    "first-hitting; llada2:0.95,32, llada2.1:0.95,0.9, llada2.1-quality or llada2.1-speed",
+    "first-hitting; llada2:0.95,32, llada2.1:0.95,0.9, llada2.1-quality, llada2.1-speed or speculate",
     "revise": "take tokens back: remdm-cap:0.008, remdm-rescale:0.015, remdm-conf, random-remask or wino:0.6,0.9; each "
     "has a rule of its own for how many to commit",
     "cfg_scale": "guidance towards the prompt; 0 is off",
@@ -126,7 +126,7 @@ def sample_config(args: argparse.Namespace, model: ModelConfig, prompt_len: int,
         chosen["remasking"] = "low_confidence"
     in_blocks = chosen.get("block", model.block)
     if in_blocks:
-        chosen.setdefault("cache", "block")
+        chosen.setdefault("cache", "none" if chosen.get("commit") == "speculate" else "block")
     left = model.max_len - prompt_len
     room = left if left < 256 else 128
     if room < 1:

@@ -19,5 +19,6 @@ from . import (  # noqa: F401
     refresh,  # dLLM-Cache: compute again what has probably changed
     remdm,  # take back and keep the distribution
     scores,  # margin, entropy
+    speculate,  # draft a block, verify it token by token
     wino,  # take back what the rest of the text does not support
 )
