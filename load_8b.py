@@ -42,7 +42,7 @@ EXAMPLES = """examples:
   python load_8b.py GSAI-ML/LLaDA-8B-Instruct --check
   python load_8b.py GSAI-ML/LLaDA-8B-Instruct --chat
   python load_8b.py GSAI-ML/LLaDA-8B-Instruct --chat --quantize int4
-  python load_8b.py llada.gguf --chat --threads 4          on llama.cpp: python -m minillada gguf makes such files
+  python load_8b.py llada.gguf --chat --threads 4          on llama.cpp
   python load_8b.py GSAI-ML/LLaDA-8B-Base --prompt "The capital of France is"
   python load_8b.py path/to/LLaDA-V --image photo.jpg --prompt "What is this?"
   python load_8b.py path/to/model --prompts questions.jsonl --out answers.jsonl

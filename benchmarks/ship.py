@@ -39,8 +39,9 @@ from minillada.weights.shipped import HOME, SHIPPED
 HERE = Path("runs/shipped")  # data and runs
 BOARD = {"n_layer": 3, "n_head": 4, "d_model": 96, "d_ff": 256, "rope_theta": 100.0}
 STORIES = {"temperature": 0.7}
+BLOCKS = {**STORIES, "block": 4, "cache": "block"}
 GUIDES = {
-    "tales": {"sampling": STORIES, "filling": {"block": 0, "cache": "none"}, "examples": {
+    "tales": {"sampling": BLOCKS, "filling": {"block": 0, "cache": "none"}, "examples": {
         "prompt": ["Once upon a time a brave child named Greta", "There was once a shy child whose name was Otto"],
         "fill": ["On her birthday she was given a[MASK][MASK].", "A[MASK] hedgehog offered to help for a[MASK]."],
     }},
@@ -155,7 +156,6 @@ def learned_directly(name: str) -> None:
                 seconds = time.perf_counter() - start
                 print(f"{name}: step {step.step}, {seconds:.0f} s, loss {step.loss:.4f}", flush=True)
     rmtree(HERE / name, ignore_errors=True)
-    made.model.config = replace(made.model.config, block=rounds[-1][0])
     minillada.save(made.model, HERE / name, made.saves)
 
 

@@ -75,9 +75,8 @@ def nll_bound(logits: Tensor, x0: Tensor, noised: Noised) -> Tensor:
     row, column = noised.masked.nonzero(as_tuple=True)
     logits = logits[row, column] if logits.dim() == 3 else logits
     wide = torch.promote_types(logits.dtype, torch.float32)  # whatever the model computes in
-    nats = F.cross_entropy(logits.to(wide), x0[row, column], reduction="none")
-    weight = noised.weight if noised.weight.dim() == 2 else noised.weight[:, None]
-    nats = nats * weight.expand_as(x0)[row, column]
+    weight = (noised.weight if noised.weight.dim() == 2 else noised.weight[:, None]).expand_as(x0)
+    nats = F.cross_entropy(logits.to(wide), x0[row, column], reduction="none") * weight[row, column]
     return torch.zeros(len(x0), dtype=nats.dtype, device=x0.device).index_add(0, row, nats)
 
 

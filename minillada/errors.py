@@ -127,8 +127,6 @@ def check_blocks(config, c) -> tuple[int, str]:
     BadInput for a cache of a SampleConfig that would let a block model see what it must not."""
     if c.block and config.cache not in ("none", "blocks", "block"):
         raise BadInput(f"cache: expected none or block with a block model, got {config.cache}; leave it out")
-    if config.commit == "speculate" and config.cache == "block":
-        raise BadInput("cache: expected none with commit speculate, got block; leave one of the two out")
     return c.block, "blocks" if c.block and config.cache == "none" else config.cache
 
 
@@ -161,5 +159,6 @@ def check_sampling(config) -> None:
         raise BadInput(f"{what}; leave one of the two out")
     if config.block:
         check_whole("block", config.block, 0)
-    if config.revise.startswith("wino") and config.cache != "none":
-        raise BadInput(f"cache: expected none with revise wino, got {config.cache}; leave one of the two out")
+    for what, rule in (("revise", "wino"), ("commit", "speculate")):  # they ask about more than the canvas
+        if getattr(config, what).startswith(rule) and config.cache != "none":
+            raise BadInput(f"cache: expected none with {what} {rule}, got {config.cache}; leave one of the two out")

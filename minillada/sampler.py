@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from .errors import BadInput, check_blocks, check_canvas, check_ids, check_one_of, check_sampling, named
 from .model import ModelConfig
 
-from .strategies import CACHES, COMMITS, REVISIONS, SCORES, Ask, Guess, Guided, MaskPredictor  # isort: skip
-from .strategies import Method, Now, Whole, draw, probability, quick  # isort: skip
+from .strategies import BLOCK_RULES, CACHES, COMMITS, REVISIONS, SCORES, Ask, Guess, Guided  # isort: skip
+from .strategies import MaskPredictor, Method, Now, Whole, draw, probability, quick  # isort: skip
 
 Rows = Sequence[Sequence[int]]
 Device = torch.device | str
@@ -97,7 +97,7 @@ class SampleConfig:
 
 def method_of(config: SampleConfig) -> Method:
     """Make the method that a config names; it has seen nothing yet. Raises BadInput."""
-    method = named(COMMITS, "commit", config.commit)
+    method = named(COMMITS | BLOCK_RULES, "commit", config.commit)
     return method if config.revise == "none" else named(REVISIONS, "revise", config.revise)
 
 

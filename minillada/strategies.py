@@ -228,6 +228,7 @@ class Quota(Method):
 # name -> what makes it, called with the parameters behind the name. decoding/ adds to these tables.
 COMMITS: dict[str, Callable[..., Method]] = {"quota": Quota}
 REVISIONS: dict[str, Callable[..., Method]] = {}  # methods that take committed tokens back
+BLOCK_RULES: dict[str, Callable[..., Method]] = {}  # rules to commit made for block models, some of which overwrite
 CACHES: dict[str, Callable[..., Callable[[Whole, Tensor], MaskPredictor]]] = {
     "none": lambda: lambda predict, given: predict  # given (B,T) bool: the prompt's places
 }

@@ -233,7 +233,7 @@ def test_a_used_directory_is_refused_before_data_are_read(tmp_path):
 def test_a_config_has_no_field_of_another_objective():
     more = {"start": "somewhere", "data": "some.jsonl"}
     for kind, given, foreign in (
-        (TrainConfig, {}, ("start", "lora", "eos_padding", "beta")),
+        (TrainConfig, {}, ("lora", "eos_padding", "beta")),
         (SFTConfig, more, ("preset", "model", "tokenizer", "length", "bias_rate", "beta", "samples")),
         (VRPOConfig, more, ("preset", "model", "tokenizer", "length", "bias_rate", "eos_padding")),
     ):

@@ -65,7 +65,8 @@ FIELDS: dict[str, tuple] = {
     "top_p": ("Keep a share", "draw among the likeliest that share this probability", (0.05, 1, 0.05)),
     "cache": ("Compute less", "roughly the same, and faster for long texts", {
         "no": "none", "nothing before the window": "prefix", "nothing around the window": "dual",
-        "what has changed": "refresh:50,7,0.25"}),
+        "what has changed": "refresh:50,7,0.25", "finished blocks": "block"}),
+    "block": ("Block", "tokens that see what stands before them and each other; 0: all see all", (0, 64, 1)),
     "seed": ("Seed", "the same seed gives the same text", (0, 999, 1)),
     "ban_eos": ("Never end the text", "", None), "defer_eos": ("End the text last", "", None),
 }  # fmt: skip
@@ -93,7 +94,8 @@ class Model(NamedTuple):
 
     def initial(self) -> dict:
         """Return what the settings show at first; 0 for a length: chosen for you."""
-        shown = {"gen_len": 0, "steps": 0, "block_len": 0, "seed": 0} | self.talker.defaults
+        shown = {"gen_len": 0, "steps": 0, "block_len": 0, "seed": 0}
+        shown |= {"block": self.talker.model.config.block} | self.talker.defaults
         return {name: shown.get(name, getattr(SampleConfig, name, None)) for name in FIELDS}
 
 

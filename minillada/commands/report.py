@@ -20,7 +20,7 @@ FAST = {"commit": "threshold:0.9", "remasking": "low_confidence", "temperature":
 DECODINGS = {  # name -> fields of SampleConfig
     "one token a step": {},
     "all that is surer than 0.9 in a window of 32": FAST,
-    "the same with a dual cache, which is an approximation": {**FAST, "cache": "dual"},
+    "the same with a dual cache, which is an approximation": {**FAST, "cache": "dual", "block": 0},
 }
 STYLE = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;
 padding:0 1rem}table{border-collapse:collapse}td{padding:.2rem 1.5rem .2rem 0;border-bottom:1px solid #8884}

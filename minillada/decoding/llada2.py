@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..sampler import SampleConfig
-from ..strategies import COMMITS, Guess, Method, Now, probability, surest
+from ..strategies import BLOCK_RULES, Guess, Method, Now, probability, surest
 
 
 class LLaDA2(Method):
@@ -65,7 +65,7 @@ class LLaDA21(Method):
         return self.finished & bool(self.early)
 
 
-COMMITS |= {
+BLOCK_RULES |= {
     "llada2": LLaDA2,
     "llada2.1": LLaDA21,
     "llada2.1-quality": lambda: LLaDA21(0.7, 0.5),  # the authors' two modes

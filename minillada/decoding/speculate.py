@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..strategies import COMMITS, Ask, Guess, Method, Now, probability
+from ..strategies import BLOCK_RULES, Ask, Guess, Method, Now, probability
 
 
 class Speculate(Method):
@@ -62,4 +62,4 @@ def one_by_one(ask: Ask, draft: Tensor, mask_id: int) -> Ask:
     )
 
 
-COMMITS["speculate"] = Speculate
+BLOCK_RULES["speculate"] = Speculate

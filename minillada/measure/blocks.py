@@ -38,10 +38,12 @@ def noise_blocks(
     """Noise every block of x0 (B,T) by itself, at the levels t: (B,K), or (B,1) for all blocks of a row alike. With
     block 0 the text is one block.
 
-    The weight is that of each token, (B,T): a block in which l of its m maskable tokens are masked has m/l.
+    The weight is that of each token, (B,T): a block in which l of its m maskable tokens are masked has m/l. Without
+    blocks it is that of each row, (B,).
     """
-    length, block = x0.shape[1], block or x0.shape[1]
-    n_block = -(-length // block)
+    if not block:
+        return process(x0, mask_id, t.flatten(), rng, maskable)
+    length, n_block = x0.shape[1], -(-x0.shape[1] // block)
     maskable = torch.ones_like(x0, dtype=torch.bool) if maskable is None else maskable
     cut = lambda x: F.pad(x, (0, n_block * block - length)).view(-1, block)  # (B*K,W); what is added is not maskable
     noised = process(cut(x0), mask_id, t.expand(-1, n_block).flatten(), rng, cut(maskable))

@@ -64,7 +64,8 @@ def noised_rows(model: nn.Module, pairs: Pairs, n_samples: int, seed: int) -> It
         x0 = torch.tensor([[*prompt, *answer]]).expand(n_samples, -1)
         maskable = (torch.arange(x0.shape[1]) >= len(prompt)).expand_as(x0)
         noised = noise_blocks(x0, c.mask_id, sample_t(n_samples, rng)[:, None], rng, c.block, maskable)
-        yield from zip(x0, ~maskable, *noised, strict=True)
+        weight = noised.weight if c.block else noised.weight[:, None].expand_as(x0)
+        yield from zip(x0, ~maskable, noised.xt, noised.masked, weight, strict=True)
 
 
 def standard_error(samples: Tensor) -> Tensor:

@@ -102,7 +102,6 @@ def legend(width: int, done: bool) -> list[str]:
     signs = [
         (STYLE["hole"], f"{HOLE} to come"),
         (NEW, "new"),
-        (EDITED, "overwritten"),
         (STYLE["back"], f"{HOLE} taken back"),
     ]
     words = [(STYLE["hole"], "how sure:"), *words, *(signs if not done else [])]

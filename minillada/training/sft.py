@@ -184,16 +184,18 @@ def stack(pairs: Sequence[Pair], fill: int) -> tuple[Tensor, Tensor]:
 
 def per_answer(noised: Noised, maskable: Tensor) -> Noised:
     """Return noise with weights that make `row_loss` SFT's loss: a mean over rows, of sums over an answer's length."""
-    return noised._replace(weight=noised.weight * maskable.shape[1] / lengths(maskable, maskable)[:, None])
+    length = lengths(maskable, maskable)
+    length = length if noised.weight.dim() == 1 else length[:, None]
+    return noised._replace(weight=noised.weight * maskable.shape[1] / length)
 
 
-def row_bounds(model: nn.Module, x0: Tensor, noised: Noised, block: int) -> Tensor:
+def row_bounds(model: nn.Module, x0: Tensor, noised: Noised, block: int = 0) -> Tensor:
     """Return the bound of every row (B,) in nats. PADDING is hidden from attention; any id stands in for it."""
     seen = noised._replace(xt=noised.xt.clamp(min=0))
     return bound(model, x0.clamp(min=0), seen, attention(x0 != PADDING), block)
 
 
-def row_loss(model: nn.Module, x0: Tensor, noised: Noised, block: int) -> Tensor:
+def row_loss(model: nn.Module, x0: Tensor, noised: Noised, block: int = 0) -> Tensor:
     """Do what `pretraining_loss` does, for rows with PADDING."""
     return row_bounds(model, x0, noised, block).mean() / x0.shape[1]
 
