@@ -467,6 +467,6 @@ def launch(page, host: str, port: int, auth: tuple[str, str] | None = None, **mo
     page.launch(
         server_name=host, server_port=port, auth=auth, share=False, quiet=True, max_file_size="10mb", allowed_paths=[],
         footer_links=[], ssr_mode=False, enable_monitoring=False, state_session_capacity=64,
-        theme=gr.themes.Base(**fonts), css=CSS, prevent_thread_lock=True, app_kwargs={"middleware": [(Door, [page], {})]},
-        **more,
+        theme=gr.themes.Base(**fonts), css=CSS, prevent_thread_lock=True,
+        app_kwargs={"middleware": [(Door, [page], {})]}, **more,
     )  # fmt: skip
