@@ -1,13 +1,17 @@
 """Run the published models of the LLaDA family, from a directory or the hub, with the code you have just read."""
 
 import os
+import signal
 import sys
 import time
 from argparse import Namespace
 from pathlib import Path
 
-if sys.stderr.isatty():
-    print("loading…", end="\r", file=sys.stderr, flush=True)  # importing PyTorch takes seconds
+if __name__ == "__main__":  # importing PyTorch takes seconds
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C ends it at once; `run` listens later
+    if sys.stderr and sys.stderr.isatty():
+        print("loading…", end="\r", file=sys.stderr, flush=True)
 
 import torch
 from tqdm import tqdm
@@ -60,6 +64,8 @@ def options() -> Namespace:
     p.add_argument(
         "--quantize", metavar="BITS", help="int8, int4 or (NVIDIA since Ada) fp8: keep the matrices in so few"
     )
+    p.add_argument("--allow-unknown-keys", action="store_true", help="of config.json, even if they could change what "
+                   "the model computes; they are named")  # fmt: skip
     p.add_argument("--mask-id", type=int, help="the id of [MASK], if neither config.json nor the tokenizer tells it")
     p.add_argument("--tokenizer", type=Path, metavar="DIR", help="take tokenizer and chat template from here")
     args = parse(p)
@@ -72,12 +78,18 @@ def amount(number: float) -> str:
     return tqdm.format_sizeof(number)  # 16.0G
 
 
+def taken(args: Namespace) -> dict:
+    """Return how a checkpoint is to be taken, for `check` and `load`."""
+    return {"mask_id": args.mask_id, "tokenizer": args.tokenizer, "allow_unknown_keys": args.allow_unknown_keys}
+
+
 def look(args: Namespace) -> Report:
     """Find out what can be known without reading weights; a model that is not here is fetched first."""
     name = here(args.model, on_hub(args.model), fix="choose one, or give OWNER/NAME of the hub")
+    how = taken(args)
     if on_hub(name) and not os.path.lexists(name):
-        return check(fetch(name, args.revision, progress=True), args.deep, None, args.mask_id, args.tokenizer)
-    return check(name, args.deep, args.revision, args.mask_id, args.tokenizer)
+        return check(fetch(name, args.revision, progress=sys.stderr.isatty()), args.deep, **how)
+    return check(name, args.deep, args.revision, **how)
 
 
 def describe(found: Report) -> None:
@@ -114,8 +126,7 @@ def load_model(args: Namespace, found: Report, device: str) -> tuple[Model, Toke
         tell(f"loaded in {time.perf_counter() - start:.1f} s; llama.cpp computes, in {model.threads} threads")
         return model, tokenizer
     first = "cpu" if args.quantize else device
-    which = {"progress": True, "mask_id": args.mask_id, "tokenizer": args.tokenizer}
-    model, tokenizer = load(found.directory, first, DTYPES.get(args.dtype), **which)
+    model, tokenizer = load(found.directory, first, DTYPES.get(args.dtype), progress=sys.stderr.isatty(), **taken(args))
     if args.quantize:
         quantize(model, args.quantize, device)
     for line in slow_experts(model.config, device, model.embed.weight.dtype):

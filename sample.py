@@ -1,16 +1,21 @@
 """Let a trained model write: after a prompt, into the holes of a text, or in a chat."""
 
+import os
+import signal
 import sys
 from argparse import Namespace
 
-if sys.stderr.isatty():
-    print("loading…", end="\r", file=sys.stderr, flush=True)  # importing PyTorch takes seconds
+if __name__ == "__main__":  # importing PyTorch takes seconds
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C ends it at once; `run` listens later
+    if sys.stderr and sys.stderr.isatty():
+        print("loading…", end="\r", file=sys.stderr, flush=True)
 
 from minillada.commands.ask import add_questions, answer_file, defaults_of, files_of, make_talker, parse, question, show
 from minillada.commands.chat import chat
 from minillada.commands.cli import Parser, here, run
 from minillada.sampler import stream
-from minillada.weights.checkpoint import load, locate
+from minillada.weights.checkpoint import load, reading
 from minillada.weights.device import pick_device
 
 EXAMPLES = """examples:
@@ -43,9 +48,8 @@ def main() -> None:
     args = options()
     device = pick_device(args.device)
     name = here(args.run, args.hub, fix="choose one, or add --hub")
-    directory = locate(name, progress=True)
-    model, tokenizer = load(directory, device)
-    talker = make_talker(directory, name, model, tokenizer, args, **defaults_of(directory))
+    meet = lambda directory: make_talker(directory, name, *load(directory, device), args, **defaults_of(directory))
+    talker = reading(name, meet, progress=sys.stderr.isatty())
     if args.chat:
         chat(args, talker)
     elif args.prompts is not None:

@@ -1,16 +1,21 @@
 """Train a small masked-diffusion language model on a text, watching it learn to write."""
 
 import math
+import os
+import signal
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-if sys.stderr.isatty():
-    print("loading…", end="\r", file=sys.stderr, flush=True)  # importing PyTorch takes seconds
+if __name__ == "__main__":  # importing PyTorch takes seconds
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C ends it at once; `run` listens later
+    if sys.stderr and sys.stderr.isatty():
+        print("loading…", end="\r", file=sys.stderr, flush=True)
 
-from minillada.commands.cli import Interrupted, Parser, fresh_run, here, on_hub, run
+from minillada.commands.cli import Interrupted, Parser, fresh_run, here, on_hub, run, say
 from minillada.commands.progress import TrainingBar
-from minillada.errors import BadInput
+from minillada.errors import BadInput, check_one_of
 from minillada.sampler import SampleConfig, generate
 from minillada.show.plots import loss_curve
 from minillada.text.tokenizer import display
@@ -56,7 +61,9 @@ def options() -> Parser:
     p.add_argument("--checkpoint-every", type=int, help="steps between checkpoints (default: every validation)")
     p.add_argument("--keep", type=int, help="last checkpoints to keep, beside the best (default: 3; 0: all)")
     p.add_argument("--out", type=Path, help="run directory (default: a fresh one under runs/)")
-    p.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, with its own options")
+    p.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with a run, with its own options but for those given"
+    )
     p.add_argument("--seed", type=int, help="same seed, same machine, same numbers (default: 0)")
     p.add_argument("--device", help="auto, cpu, cuda or mps (default: auto, or that of the run to resume)")
     p.add_argument("--accumulate", type=int, metavar="N", help="split a batch into N passes: less memory, same result")
@@ -64,7 +71,7 @@ def options() -> Parser:
     p.add_argument("--recompute", **on, help="compute every layer twice: less memory, more time")
     p.add_argument("--compile", **on, help="use torch.compile")
     p.add_argument("--shard", **on, help="under torchrun: FSDP2 in place of DDP")
-    p.add_argument("--log", choices=list(LOGGERS), help="besides log.jsonl")
+    p.add_argument("--log", help=f"{' or '.join(LOGGERS)}, besides log.jsonl")
     more = p.add_argument_group("to go on from a trained model (docs/assistant.md)")
     more.add_argument("--sft", metavar="DATA", help="teach it to answer: JSONL with prompt and answer, or messages")
     more.add_argument("--prefer", metavar="DATA", help="VRPO: JSONL with prompt, chosen and rejected")
@@ -110,15 +117,15 @@ def announce(config: RunConfig | None, where: Path) -> None:
         data = config.data if isinstance(config.data, str) else ", ".join(config.data)
         learned = getattr(config, "tokenizer", None)
         what = data + (f", making a vocabulary of {learned}" if learned else f" and {config.start}")
-    print(f"{where}: reading {what} …", flush=True)
+    say(f"{where}: reading {what} …")
 
 
 def introduce(step: RunStep, where: Path) -> None:
     """Say what is trained, and on what."""
     c, text = step.model.config, step.text
-    print(f"{where}: {len(text.train) + len(text.val):,} tokens of {text.characters_per_token:.2f} characters, "
-          f"{c.vocab_size} kinds; the last tenth validates")  # fmt: skip
-    print(f"model: {step.model.n_parameters():,} parameters, {c.n_layer} layers of width {c.d_model}")
+    say(f"{where}: {len(text.train) + len(text.val):,} tokens of {text.characters_per_token:.2f} characters, "
+        f"{c.vocab_size} kinds; the last tenth validates")  # fmt: skip
+    say(f"model: {step.model.n_parameters():,} parameters, {c.n_layer} layers of width {c.d_model}")
 
 
 def sample(step: RunStep) -> str:
@@ -152,13 +159,13 @@ def follow(config: RunConfig | None, resume: Path | None, moved: dict, log: str 
             bar.write(f"step {step.step}: validation {step.config.units(step.bound)}   {sample(step)}")
         bar.show(step.step, step.seconds, step.bound is not None, figures)
     bar.close()
-    print(f"validation: {step.config.units(step.bound)} after {step.step} steps, {step.seconds:.0f} s; "
-          f"best at step {step.best}")  # fmt: skip
-    print(f"saved in {where}" + (f", loss curve in {png}" if rank() == 0 and (png := loss_curve(where)) else ""))
+    say(f"validation: {step.config.units(step.bound)} after {step.step} steps, {step.seconds:.0f} s; "
+        f"best at step {step.best}")  # fmt: skip
+    say(f"saved in {where}" + (f", loss curve in {png}" if rank() == 0 and (png := loss_curve(where)) else ""))
     (code,) = agree(interrupted.code())
     how = "" if isinstance(step.config, TrainConfig) else " --chat"
-    print(f"interrupted; go on with: python train_tiny.py --resume {where}" if code else
-          f"write with it: python sample.py {where}{how}")  # fmt: skip
+    say(f"interrupted; go on with: python train_tiny.py --resume {where}" if code else
+        f"write with it: python sample.py {where}{how}")  # fmt: skip
     return int(code)
 
 
@@ -167,13 +174,14 @@ def main() -> None:
         with together():
             given = {name: value for name, value in vars(options().parse_args()).items() if value is not None}
             log, resume = given.pop("log", None), given.pop("resume", None)
+            if log is not None:
+                check_one_of("log", log, LOGGERS)
             if resume:
                 here(str(resume), others=())
             if not resume or "device" in given:
                 given["device"] = pick_device(given.get("device", "auto"))
             config = None if resume else config_for(given)
-            moved = {name: given[name] for name in ("device", "shard") if name in given} if resume else {}
-        raise SystemExit(follow(config, resume, moved, log))
+        raise SystemExit(follow(config, resume, given if resume else {}, log))
 
 
 if __name__ == "__main__":

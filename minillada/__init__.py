@@ -1,5 +1,13 @@
 """minillada: LLaDA, the masked-diffusion language model, small enough to read."""
 
+import os
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # `python -m minillada …`: importing PyTorch takes seconds, in which Ctrl-C ends it at once; then `cli.run` listens.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 from . import decoding  # noqa: F401 whose files register their methods
 from .errors import BadInput, BadLuck
 from .measure.likelihood import exact_bound, log_likelihood, log_likelihoods

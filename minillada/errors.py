@@ -5,16 +5,39 @@ Scripts turn both into `error: ...` on stderr and exit code 2. Anything else tha
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+
+# Replacements for characters that a terminal obeys: pictures of the C0 controls (except \n and \t), and U+FFFD for the
+# C1 controls, for line and direction marks, and for lone surrogates, which cannot be printed.
+HARMLESS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+for first, last in [(0x80, 0x9F), (0x200E, 0x200F), (0x2028, 0x202E), (0x2066, 0x2069), (0xD800, 0xDFFF)]:
+    HARMLESS |= dict.fromkeys(range(first, last + 1), 0xFFFD)
+
+
+def display(text: str) -> str:
+    """Return the text with every character that a terminal obeys made visible; newlines and tabs stay."""
+    return text.translate(HARMLESS)
+
+
+def in_a_line(text: str) -> str:
+    """Return the text as a line that a terminal can show: the rule for every message. "a\\n b" -> "a b"."""
+    return re.sub(r"\s*[\n\t]\s*", " ", display(text))
 
 
 class BadInput(ValueError):
     """What the user gave cannot be used: an option, a text, a file's content."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(in_a_line(message))
+
 
 class BadLuck(OSError):
     """The environment failed: a missing file, a full disk, no network, too little memory."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(in_a_line(message))
 
 
 def check_whole(what: str, value: object, low: int, high: float = math.inf, fix: str = "choose one of these") -> None:
@@ -70,6 +93,7 @@ def named(table: dict[str, Callable], what: str, spec: str) -> object:
 # The largest value each size may have: far above any published model, far below what would hang a machine.
 LIMITS = {"vocab_size": 2**24, "embedding_size": 2**24, "n_layer": 1024, "n_head": 1024, "n_kv_head": 1024}
 LIMITS |= {"d_model": 2**17, "d_head": 2**13, "d_ff": 2**20, "max_len": 2**24, "rotary_dim": 2**13}
+MOST_STEPS = 10**6  # a method may look at every step, even one that evaluates nothing
 MOE_LIMITS = {"n_expert": 2**13, "d_expert": 2**20, "n_expert_group": 2**13}
 
 
@@ -140,7 +164,7 @@ def check_ids(name: str, ids: Iterable[int], c) -> list[int]:
 def check_sampling(config) -> None:
     """Raise BadInput unless the numbers of a SampleConfig are in range and its choices fit each other."""
     for name in ("gen_len", "steps", "block_len"):
-        check_whole(name, getattr(config, name), 1)
+        check_whole(name, getattr(config, name), 1, LIMITS["max_len"] if name != "steps" else MOST_STEPS)
     check_whole("top_k", config.top_k, 0)
     check_number("temperature", config.temperature)
     check_number("cfg_scale", config.cfg_scale)

@@ -127,13 +127,13 @@ def confined(directory: Path, name: str, deep: bool = False) -> Path:
     where = f"{directory.name or directory}/{name!r:.200}"
     parts = name.split("/") if deep and isinstance(name, str) else [name]
     if not all(isinstance(p, str) and p not in ("", ".", "..") and PureWindowsPath(p).name == p for p in parts):
-        raise BadInput(f"{where}: expected the plain name of a file in this directory; name it without a path")
+        raise BadInput(f"{where}: expected the plain name of a file in this directory, got a path; name it without one")
     root = Path(os.path.realpath(directory))
     with one_line(f"{where}: expected a readable file", "put a plain file there", (OSError, ValueError)):
         try:
             real = Path(os.path.realpath(directory / name, strict=True))
         except FileNotFoundError:
-            raise BadLuck(f"{where}: expected a file, found nothing; put the file there") from None
+            raise BadLuck(f"{where}: expected a file, got nothing; put the file there") from None
         mode = real.stat().st_mode
     homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if real.parent not in homes and not (deep and real.is_relative_to(root)):
@@ -220,11 +220,15 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 def newest_checkpoint(run: str | Path) -> tuple[Path | None, dict[Path, str]]:
     """Return the newest checkpoint whose manifest matches, or None, and the fault of every later one."""
-    damaged: dict[Path, str] = {}
-    for path in reversed(checkpoints_of(Path(run))):
-        try:
-            verify_manifest(path)
-            return path, damaged
-        except (BadInput, OSError) as error:  # noqa: PERF203
-            damaged[path] = str(error)
-    return None, damaged
+    while True:
+        damaged: dict[Path, str] = {}
+        there = checkpoints_of(Path(run))
+        for path in reversed(there):
+            try:
+                verify_manifest(path)
+                return path, damaged
+            except (BadInput, OSError) as error:  # noqa: PERF203
+                if path.is_dir():  # else a training that goes on has dropped it
+                    damaged[path] = str(error)
+        if all(path.is_dir() for path in there):
+            return None, damaged

@@ -15,6 +15,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from minillada.files import write_file
+
 NOTEBOOKS = Path(__file__).resolve().parent
 METADATA = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 METADATA |= {"language_info": {"name": "python"}}
@@ -64,7 +66,7 @@ def main() -> None:
     """Run the notebooks that are named, or all of them."""
     for path in map(Path, sys.argv[1:] or sorted(NOTEBOOKS.glob("*.ipynb"))):
         start = time.monotonic()
-        nbformat.write(execute(path.resolve(), seconds=3600), path)
+        write_file(path, [f"{nbformat.writes(execute(path.resolve(), seconds=3600))}\n".encode()])
         print(f"{path.name}: {time.monotonic() - start:.0f} s", flush=True)
 
 

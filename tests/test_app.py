@@ -248,7 +248,7 @@ def visitor(get):
 
     hooks = [get(name).talker.model.register_forward_hook(slowly) for name in NAMES]
     page = app.build(get, NAMES)
-    app.launch(page, "127.0.0.1", free_port(), prevent_thread_lock=True)
+    app.launch(page, "127.0.0.1", free_port())
     with Visitor() as visitor:
         visitor.calls = calls
         visitor.url = page.local_url

@@ -157,3 +157,39 @@ def test_the_readme_counts_the_lines_of_the_course():
     rows = re.findall(r"^\| \[`(\w+)\.py`\]\(minillada/\1\.py\) \| (\d+) \|", readme, re.MULTILINE)
     assert [file for file, _ in rows] == COURSE
     assert all(lines(PACKAGE / f"{file}.py") == int(count) for file, count in rows)
+
+
+# ---- what is said when something is refused --------------------------------------------------------------------------
+
+
+def texts(node: ast.expr, known: dict[str, str]) -> str:
+    """A text as it stands in the source, with `known` for the names in it and * for every other value."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(texts(part, known) for part in node.values)
+    if isinstance(node, ast.FormattedValue):
+        return texts(node.value, known) if node.format_spec is None else "*"
+    return known.get(node.id, "*") if isinstance(node, ast.Name) else "*"
+
+
+def refusals(path: Path) -> list[tuple[int, str]]:
+    """Every message of an error of ours, with its line."""
+    found = []
+    for function in [n for n in ast.walk(tree(path)) if isinstance(n, ast.FunctionDef)]:
+        known: dict[str, str] = {}
+        for node in sorted((n for n in ast.walk(function) if hasattr(n, "lineno")), key=lambda n: n.lineno):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                known[node.targets[0].id] = texts(node.value, known)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("BadInput", "BadLuck"):
+                found.append((node.lineno, texts(node.args[0], known)))
+    return found
+
+
+@pytest.mark.parametrize("path", OURS, ids=name)
+def test_a_refusal_says_what_was_expected_what_came_and_what_to_change(path):
+    for line, message in refusals(path):
+        if not re.fullmatch(r"\*+", message.replace("*: *", "*")):  # else its pieces have the form, and are joined here
+            assert re.search(r"(^|: |\*)expected .+, got:? .+; .+|^\*, got .+; .+", message), (
+                f"{name(path)}:{line}: {message}"
+            )

@@ -134,7 +134,7 @@ WIDE = {"d_model": 8192, "n_heads": 64, "n_kv_heads": 64, "mlp_hidden_size": 327
 
 FAULTS = {
     # config.json
-    "no config": (lambda home: (home / "config.json").unlink(), "config.json.*expected a file, found nothing"),
+    "no config": (lambda home: (home / "config.json").unlink(), "config.json.*expected a file, got nothing"),
     "empty config": (text(""), "config.json: expected JSON"),
     "half a config": (text('{"d_model": 32,'), "config.json: expected JSON"),
     "a config that is a list": (text("[1]"), "config.json: expected a JSON object, got list"),
@@ -149,7 +149,8 @@ FAULTS = {
     "a layer count that is true": (keys(n_layers=True), "n_layer in config.json: expected int, got True"),
     "a layer count with a fraction": (keys(n_layers=3.0), "n_layer in config.json: expected int, got 3.0"),
     "a flag that is a number": (keys(weight_tying=1), "tie_head in config.json: expected bool, got 1"),
-    "an id that is a list": (keys(eos_token_id=[254]), r"eos_id in config.json: .* got \[254\]"),
+    "an id that is a list of none": (keys(eos_token_id=[]), r"eos_id in config.json: .* got \[\]"),
+    "an id that is a list of texts": (keys(eos_token_id=["254", 253]), r"eos_id in config.json: .* got '254'"),
     "no layers": (keys(n_layers=0), "n_layer: expected a whole number from 1"),
     "negative heads": (keys(n_heads=-4), "n_head: expected a whole number from 1"),
     "no vocabulary": (keys(vocab_size=0), "vocab_size: expected a whole number from 1"),
@@ -192,7 +193,7 @@ FAULTS = {
     "a backslash": (index(**{TENSOR: "..\\x.safetensors"}), "expected the plain name of a file"),
     "a drive": (index(**{TENSOR: "C:x.safetensors"}), "expected the plain name of a file"),
     "a null character": (index(**{TENSOR: "x\0.safetensors"}), "expected a readable file"),
-    "a shard that is missing": (lambda home: (home / SHARD).unlink(), SHARD + ".*expected a file, found nothing"),
+    "a shard that is missing": (lambda home: (home / SHARD).unlink(), SHARD + ".*expected a file, got nothing"),
     "a tensor in another file": (index(**{TENSOR: "model-00001-of-00003.safetensors"}), "got another place for"),
     "a tensor not in the index": (index(**{TENSOR: ...}), "got another place for '" + TENSOR),
     "a tensor only in the index": (index(ghost=SHARD), "got another place for 'ghost'"),
@@ -273,7 +274,7 @@ if sys.platform != "win32":
             "a link that leaves it",
         ),
         "a loop of links": (replaced(SHARD, lambda path: path.symlink_to(SHARD)), SHARD + ".*expected a readable file"),
-        "a link to nothing": (replaced(SHARD, lambda path: path.symlink_to("gone")), SHARD + ".*found nothing"),
+        "a link to nothing": (replaced(SHARD, lambda path: path.symlink_to("gone")), SHARD + ".*got nothing"),
         "a tokenizer link that leaves": (
             lambda home: (home / "tokenizer.json").symlink_to("/etc/passwd"),
             "tokenizer.json.*a link that leaves it",

@@ -38,6 +38,7 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, range
         self.cut: dict[str, int] = {}  # file -> how often its download breaks off in the middle
+        self.lies: dict[str, str] = {}  # header or key of JSON -> what is answered in its place
         self.revisions = {}
         for (revision, commit), golden in zip(COMMITS.items(), ("llada_dense", "llada_qkv_bias"), strict=True):
             paths = [p for p in (GOLDEN / golden).iterdir() if p.name != "expected.safetensors"]
@@ -74,10 +75,13 @@ class Answer(BaseHTTPRequestHandler):
         return self.answer(404, b"", {"X-Error-Code": missing, "X-Error-Message": "no such thing"})
 
     def json(self, value: object) -> None:
+        for entry in value if isinstance(value, list) else [value]:
+            entry |= {key: lie for key, lie in self.server.lies.items() if key in entry}
         self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def file(self, name: str, data: bytes, commit: str) -> None:
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        headers |= {key: lie for key, lie in self.server.lies.items() if key[0].isupper()}
         begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         status = 206 if "Range" in self.headers else 200
         headers |= {"Content-Range": f"bytes {begin}-{len(data) - 1}/{len(data)}"} if status == 206 else {}
@@ -183,6 +187,31 @@ def test_no_network_is_one_line(server, monkeypatch):
     with pytest.raises(BadLuck, match="expected a directory here, or the hub or its cache to give it") as told:
         checkpoint.load(REPOSITORY)
     assert "\n" not in str(told.value)
+
+
+UP = "../../../../outside"
+
+
+PLACES = ("ETag", "X-Linked-ETag", "X-Repo-Commit", "X-Xet-Hash", "sha", "oid")
+
+
+@pytest.mark.parametrize(
+    ("place", "lie"), [*((place, UP) for place in PLACES), ("ETag", "C:\\x"), ("sha", "/tmp/x"), ("ETag", "a" * 300)]
+)
+def test_a_hostile_hub_writes_nothing_outside_its_cache(server, tmp_path, place, lie):
+    server.lies = {place: lie}
+    with pytest.raises(BadInput, match=r"^hub: expected hashes from 127\.0\.0\.1, got ") as told:
+        checkpoint.load(REPOSITORY)
+    assert "\n" not in str(told.value) and "; use another hub" in str(told.value)
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".safetensors" or "outside" in path.name]
+
+
+@pytest.mark.parametrize("revision", ["../../x", "a/../../b", "", "a b", "-x"])
+def test_a_revision_is_no_path(server, revision):
+    with pytest.raises(BadInput, match=r"^revision: expected a branch, tag or commit, got "):
+        checkpoint.load(REPOSITORY, revision=revision)
+    assert not server.requests
 
 
 LOAD = "import sys; from minillada.weights.checkpoint import load; print(load(sys.argv[1])[0].config.n_layer)"

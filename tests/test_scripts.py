@@ -307,7 +307,11 @@ def raises(error):
     [
         (lambda: torch.empty(10**15), 2, "error: memory: expected enough, got "),
         (lambda: raises(MemoryError()), 2, "error: memory: expected enough, got "),
-        (lambda: raises(FileNotFoundError(2, "No such file", "x")), 2, "error: [Errno 2] No such file: 'x'"),
+        (
+            lambda: raises(FileNotFoundError(2, "No such file", "x")),
+            2,
+            "error: x: expected to use it, got No such file; ",
+        ),
         (lambda: raises(BadInput("a\n b\x1b[2J: expected c")), 2, "error: a b␛[2J: expected c"),
         (lambda: raises(KeyboardInterrupt()), 130, ""),
     ],

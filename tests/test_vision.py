@@ -376,7 +376,7 @@ def test_a_chat_may_hold_several_pictures(call, talker):
     typed = f"/image {square}\nWhat?\n/image {padded}\nAnd now?\n/image no.png\n/reset\nHi\n/quit\n"
     code, out, err = call(talker, "--chat", "--gen-len", "2", typed=typed)
     assert code == 0 and out.count("which your next message is about") == 2
-    assert err.count("error: ") == 1 and "no.png: expected a picture, found no such file" in err
+    assert err.count("error: ") == 1 and "no.png: expected a picture, got no such file" in err
 
 
 def test_a_check_says_what_the_model_sees_with(call, talker):
@@ -405,7 +405,7 @@ def test_holes_are_filled_from_the_picture(call, talker):
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        (["--image", HOME / "none.png", "--prompt", "Hi"], "none.png: expected a picture, found no such file"),
+        (["--image", HOME / "none.png", "--prompt", "Hi"], "none.png: expected a picture, got no such file"),
         (["--image", HOME / "config.json", "--prompt", "Hi"], "config.json: expected a whole picture (PNG, JPEG"),
         (["--image", HOME / "square.png", "--edit", "[[a]]"], "image: expected --prompt, --fill or --chat with it"),
         (["--image", HOME / "square.png", "--check"], "image: expected --prompt, --fill or --chat with it"),
@@ -497,7 +497,7 @@ def test_other_things_are_no_pictures(tmp_path):
     for path in (tmp_path / "x.eps", tmp_path / "empty.png"):
         with pytest.raises(BadInput, match="expected a whole picture"):
             open_picture(path)
-    with pytest.raises(BadLuck, match="found no such file"):
+    with pytest.raises(BadLuck, match="got no such file"):
         open_picture(tmp_path)
     with pytest.raises(BadInput, match="expected a path or a PIL image, got int"):
         open_picture(3)

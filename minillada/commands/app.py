@@ -8,11 +8,13 @@ import html
 import math
 import os
 import re
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from itertools import zip_longest
+from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
@@ -23,13 +25,13 @@ from ..show.trace import Trace
 from ..text.chat import Message
 from ..text.tasks import make_task
 from ..text.tokenizer import Tokenizer, display
-from ..weights.checkpoint import check, load, locate
+from ..weights.checkpoint import check, load, reading
 from ..weights.convert import is_gguf
 from ..weights.device import pick_device
 from ..weights.shipped import SHIPPED, shipped
 from ..weights.vision import sees
 from .ask import Question, Talker, guide_of, make_talker, on_llama_cpp, question, to_write
-from .cli import SWITCHES, TYPES, Parser, runs
+from .cli import SWITCHES, TYPES, Parser, runs, say
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
 try:
@@ -104,7 +106,9 @@ def models(device: str, raw: bool) -> Callable[[str], Model]:
 
     @lru_cache(LOADED)
     def get(name: str) -> Model:
-        directory = locate(name, progress=True)
+        return reading(name, partial(meet, name), progress=sys.stderr.isatty())
+
+    def meet(name: str, directory: Path) -> Model:
         guide, how = guide_of(directory), Namespace(raw=raw, chat=False)
         run = on_llama_cpp(check(directory), directory, device) if is_gguf(directory) else load(directory, device)
         talker = make_talker(directory, name, *run, how, **guide.get("sampling", {}))
@@ -287,7 +291,7 @@ def screen(label: str):
 def replay(shown, draw: Callable = view):
     """Make a slider through the steps that a screen has shown, and the trace that they are drawn from."""
     steps, trace = gr.Slider(0, 1, 0, step=1, label="Replay: step", interactive=True), gr.State(time_to_live=3600)
-    move = lambda trace, n: draw(trace.frame(n), trace.tokenizer) if trace else gr.skip()
+    move = lambda trace, n: draw(trace.frame(n), trace.tokenizer) if trace and n is not None else gr.skip()
     steps.input(move, [trace, steps], shown, queue=False, show_progress="hidden")
     return [shown, steps, trace]
 
@@ -308,6 +312,8 @@ def connect(asked: tuple, get: Callable[[], Model], work: Callable, inputs: list
 
     def guarded(*values):
         try:
+            if not isinstance(values[0], str):  # the page sends none, but others may
+                raise BadInput(f"text: expected a text, got {values[0]!r:.80}; write one")
             *values, path = values if picture else (*values, None)
             model = get()
             yield from work(model if path is None else model._replace(talker=model.talker.shown(path)), *values)
@@ -316,7 +322,9 @@ def connect(asked: tuple, get: Callable[[], Model], work: Callable, inputs: list
 
     box, tries, button, stop = asked
     how = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-    chosen = tries.click(lambda sample: sample[0], tries, box, queue=False, show_progress="hidden")
+    chosen = tries.click(
+        lambda sample: sample[0] if sample else gr.skip(), tries, box, queue=False, show_progress="hidden"
+    )
     given = [box, *inputs, *picture]
     events = [listen(guarded, given, outputs, **how) for listen in (button.click, box.submit, chosen.then)]
     stop.click(None, cancels=events)
@@ -374,7 +382,18 @@ def page_of(model: Model, get: Callable[[], Model]) -> None:
 
 def build(get: Callable[[str], Model], known: list[str]):
     """Make the whole page as Gradio Blocks. get: loads a model by its name; known: the names to choose from."""
-    with gr.Blocks(title="minillada", analytics_enabled=False) as page:
+
+    class Page(gr.Blocks):
+        async def preprocess_data(self, *args, **more) -> list:
+            """Read the values that a request brings. What the page does not send becomes one line, no traceback."""
+            try:
+                return await super().preprocess_data(*args, **more)
+            except Exception:
+                line = "request: expected the values that this page sends, got others; load the page again"
+                raise gr.Error(line, print_exception=False) from None
+
+    with Page(title="minillada", analytics_enabled=False) as page:
+        page.takes_pictures = False  # until a model is chosen that sees
         choices = [(f"{name}: {SHIPPED[name]}" if name in SHIPPED else name, name) for name in known]
         with gr.Row(equal_height=True):
             gr.Markdown("## minillada\n\nText appears out of masks, anywhere, seeing both sides.")
@@ -385,7 +404,9 @@ def build(get: Callable[[str], Model], known: list[str]):
             try:
                 if name not in known:
                     raise BadInput(f"model: expected one of the list, got {name!r:.80}; choose another")
-                page_of(get(name), partial(get, name))
+                model = get(name)
+                page.takes_pictures |= sees(model.talker.model)
+                page_of(model, partial(get, name))
             except (BadInput, BadLuck) as error:
                 gr.Markdown(html.escape(display(str(error))))
 
@@ -413,15 +434,41 @@ def main() -> None:
     known, get = names(args.model), models(pick_device(args.device), args.raw)
     get(known[0])  # a fault is told here, and the first page opens at once
     launch(build(get, known), args.host, args.port, (user, password) if args.auth else None)
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        os._exit(130)  # at once: a computation in another thread would not let Python end in peace
+
+
+class Door:
+    """Let through what the page itself asks for. What it has no use for is not there: files (but for pictures, once a
+    model was chosen that sees), /info and the rest of Gradio's interface for programs."""
+
+    OPEN = re.compile(r"/gradio_api/(queue/|heartbeat/|startup-events|cancel|reset|app_id|login|logout|user|token)")
+    PICTURES = re.compile(r"/gradio_api/(upload|file=)")
+
+    def __init__(self, app: Callable, page) -> None:
+        self.app, self.page = app, page
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        path = scope["path"] if scope["type"] == "http" else ""
+        wanted = self.OPEN.match(path) or (self.page.takes_pictures and self.PICTURES.match(path))
+        if "gradio_api" in path and not wanted:
+            await send({"type": "http.response.start", "status": 404, "headers": []})
+            await send({"type": "http.response.body", "body": b"not here"})
+        else:
+            await self.app(scope, receive, send)
 
 
 def launch(page, host: str, port: int, auth: tuple[str, str] | None = None, **more) -> None:
-    """Serve until Ctrl-C: no link to the outside, no files, no API page, no fonts from elsewhere."""
+    """Begin to serve: no link to the outside, no files but pictures, no API page, no fonts from elsewhere."""
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     page.queue(api_open=False, max_size=WAITING)
-    print(f"http://{host}:{port}", flush=True)
+    say(f"http://{host}:{port}")
     page.launch(
         server_name=host, server_port=port, auth=auth, share=False, quiet=True, max_file_size="10mb", allowed_paths=[],
         footer_links=[], ssr_mode=False, enable_monitoring=False, state_session_capacity=64,
-        theme=gr.themes.Base(**fonts), css=CSS, **more,
+        theme=gr.themes.Base(**fonts), css=CSS, prevent_thread_lock=True,
+        app_kwargs={"middleware": [(Door, [page], {})]}, **more,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from ..decoding.llama_cpp import LlamaCpp
 from ..errors import BadInput, BadLuck, check_number, check_one_of, check_whole
 from ..files import CONFIG_CAP, read_json
 from ..sampler import Canvas, Model, SampleConfig, Step, answer_of, predictor_of, stream
-from ..show.page import FORMS, check_file, save
+from ..show.page import FORMS, check_apart, check_file, save
 from ..show.terminal import watch
 from ..show.trace import Trace
 from ..text.chat import MARKERS, ChatTemplate, Message, check_size
@@ -167,13 +167,16 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         if args.chat or args.prompts is not None or getattr(args, "check", False):
             raise BadInput(f"{form}: expected one answer to show, got none or many; use --prompt, --fill or --edit")
         check_file(form, getattr(args, form))
+    check_apart({form: getattr(args, form) for form in files_of(args)})
     if args.image is not None:
         if args.prompts is not None or args.edit is not None or getattr(args, "check", False):
             raise BadInput("image: expected --prompt, --fill or --chat with it, got another; leave one of the two out")
         open_picture(args.image)  # a fault is told before gigabytes are read
     what = "fill" if args.fill is not None else "edit" if args.edit is not None else None
     if what and (args.gen_len or args.block_len):
-        raise BadInput(f"{what}: expected neither --gen-len nor --block-len, since the holes decide; leave them out")
+        raise BadInput(
+            f"{what}: expected neither --gen-len nor --block-len, got one; the holes decide, so leave it out"
+        )
     return args
 
 

@@ -8,17 +8,18 @@ import shutil
 import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from difflib import SequenceMatcher
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 
-from ..errors import BadInput, BadLuck, check_whole, meant
+from ..errors import BadInput, BadLuck, check_whole, in_a_line, meant
 from ..model import ModelConfig
 from ..sampler import SampleConfig, method_of
 from ..strategies import Quota
-from ..text.tokenizer import display
 from ..weights.shipped import SHIPPED, shipped
 
 RUNS = Path("runs")
@@ -50,6 +51,13 @@ TYPES = {field.name: field.type for field in fields(SampleConfig) if field.name 
 
 def run(main: Callable[[], None]) -> None:
     """Call main; exit with 2 and one line for bad input or bad luck, 130 after Ctrl-C, 141 if nobody reads stdout."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in the background of a shell script
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by `>&-`: what is written there goes nowhere
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    warned = lru_cache(lambda text: tell(f"warning: {text}"))  # each once
+    warnings.showwarning = lambda message, *_: warned(str(message))
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):  # text that the terminal's encoding lacks must not end the program
             stream.reconfigure(errors=errors)
@@ -61,8 +69,12 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # as of `sample.py | head`; the exit flushes stdout, which must go somewhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (BadInput, BadLuck, OSError) as error:
-        sys.exit(complain(str(error) or type(error).__name__))
+    except (BadInput, BadLuck) as error:
+        sys.exit(complain(str(error)))
+    except OSError as error:  # that nobody has put into words
+        got = error.strerror or str(error) or type(error).__name__
+        what = f"{error.filename or 'system'}: expected to use it, got {got}"
+        sys.exit(complain(f"{what}; check the name, its permissions and the room on the disk"))
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
@@ -74,7 +86,7 @@ def run(main: Callable[[], None]) -> None:
 def complain(reason: str) -> int:
     """Print an error as one line on stderr; return the exit code that goes with it."""
     sys.stdout.flush()
-    print("error:", " ".join(display(reason).split()), file=sys.stderr)
+    tell(f"error: {reason}")
     return 2
 
 
@@ -167,7 +179,8 @@ def here(name: str | None, hub: bool = False, others: Iterable[str] = tuple(SHIP
         return name
     known = sorted([*runs(), *others], key=lambda known: -SequenceMatcher(None, name, known).ratio())
     few = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
-    raise BadLuck(f"{name}: expected a model that is here ({few or 'none yet'}) or its path, got neither; {fix}")
+    expected = f"expected a model that is here ({few or 'none yet'}) or its path"
+    raise BadLuck(f"{name or 'model'}: {expected}, got {'neither' if name else 'an empty name'}; {fix}")
 
 
 def on_hub(name: str) -> bool:
@@ -177,7 +190,12 @@ def on_hub(name: str) -> bool:
 
 def tell(text: str) -> None:
     """Print a line for the person at the terminal; standard output is for answers."""
-    print(text, file=sys.stderr, flush=True)
+    print(in_a_line(text), file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """Print a line on standard output, for a command whose answer is what it tells."""
+    print(in_a_line(text), flush=True)
 
 
 def fresh_run(name: str) -> Path:

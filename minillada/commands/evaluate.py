@@ -11,7 +11,7 @@ from ..files import write_json
 from ..measure import evaluate
 from ..text.corpora import read_text, training_part
 from ..text.tasks import TASKS, make_task
-from ..weights.checkpoint import check, load
+from ..weights.checkpoint import load, reading
 from ..weights.device import pick_device
 from .ask import Talker, make_talker
 from .cli import Parser, add_sampling, here, on_hub
@@ -76,7 +76,9 @@ def measure(args: argparse.Namespace, talker: Talker) -> dict:
         length = min(model.config.max_len, 128) if args.window is None else args.window
         check_whole("window", length, 1, model.config.max_len)
         if args.gen_len or args.block_len:
-            raise BadInput("infill: expected neither --gen-len nor --block-len, the holes decide; leave them out")
+            raise BadInput(
+                "infill: expected neither --gen-len nor --block-len, got one; the holes decide, so leave it out"
+            )
         config = talker.config(args, 0, gen_len=length, block_len=length, ban_eos=True, stop_at_eos=False)
         tokens = tokenizer.encode(text_of(args, args.infill))
         return evaluate.measure_infilling(model, tokens, config, length, args.n, args.hide, **draws)
@@ -98,8 +100,7 @@ def main() -> None:
         raise BadInput(f"out: expected a new file, got {args.out}, which exists; give another")
     device = pick_device(args.device)
     name = here(args.run, on_hub(args.run or ""))
-    directory = check(name).directory
-    talker = make_talker(directory, name, *load(directory, device), args)
+    talker = reading(name, lambda directory: make_talker(directory, name, *load(directory, device), args))
     begin = time.perf_counter()
     result = {"model": name, "what": args.file or args.infill or str(args.choices or args.task)}
     result |= measure(args, talker) | {"seed": args.seed, "seconds": round(time.perf_counter() - begin, 2)}

@@ -8,7 +8,6 @@ import json
 import random
 import re
 import secrets
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,17 +19,17 @@ from ..measure.twin import twin_generate
 from ..model import LLaDA
 from ..sampler import Canvas, SampleConfig, Step, answer_of, stream
 from ..show.board import watch_boards
-from ..show.page import board_svg, check_file, save, to_svg
+from ..show.page import board_svg, check_apart, check_file, save, to_svg
 from ..show.terminal import HOLE, watch
 from ..show.trace import Trace
 from ..text.chat import ChatTemplate
 from ..text.tales import mistake, tales
 from ..text.tasks import Example, make_task
 from ..text.tokenizer import Tokenizer, display
-from ..weights.checkpoint import load, locate
+from ..weights.checkpoint import load, reading
 from .ask import begin_of, guide_of
 from .chat import lines_of_user
-from .cli import Parser, newest_run, run
+from .cli import Parser, newest_run, run, tell
 
 EXAMPLES = """examples:
   python -m minillada play story --seed 7      the same story every time
@@ -51,8 +50,7 @@ class Player(NamedTuple):
     @classmethod
     def load(cls, name: str, args: Namespace) -> "Player":
         """Load a run, a model directory or a shipped model, with its guide."""
-        directory = locate(name)
-        return cls(*load(directory), guide_of(directory), args)
+        return reading(name, lambda directory: cls(*load(directory), guide_of(directory), args))
 
     @property
     def begin(self) -> list[int]:
@@ -95,7 +93,7 @@ class Player(NamedTuple):
         if self.args.svg:
             write_file(self.args.svg, [(board_svg(trace, board) if board else to_svg(trace, width=44)).encode()])
         for path in filter(None, (self.args.html, self.args.svg)):
-            print(f"written to {path}", file=sys.stderr)
+            tell(f"written to {path}")
 
     def text(self, row: list[int]) -> str:
         """Return what a row says up to its end of text."""
@@ -204,7 +202,7 @@ def chat(args: Namespace) -> None:
     title("A story, and a model that was taught to answer questions about it. /quit ends.")
     print(text + "\n")
     print("Ask who lost what, what colour it was, who helped, what they wanted, where the hero lived.\n")
-    template = ChatTemplate.load(locate(args.model or "questions"), player.tokenizer)
+    template = reading(args.model or "questions", lambda directory: ChatTemplate.load(directory, player.tokenizer))
     for asked in lines_of_user():
         if not asked.strip():
             continue
@@ -277,6 +275,7 @@ def main() -> None:
         if args.act not in ("story", "fill", "sudoku", "reverse"):
             raise BadInput(f"{form}: expected story, fill, sudoku or reverse to be played, got {args.act}; name one")
         check_file(form, getattr(args, form))
+    check_apart({form: path for form in ("html", "svg") if (path := getattr(args, form))})
     told = args.seed is None
     args.seed = secrets.randbelow(10_000) if told else args.seed
     check_whole("seed", args.seed, 0, 2**63 - 1)

@@ -4,6 +4,7 @@ import time
 
 from tqdm import tqdm
 
+from ..errors import in_a_line
 from ..training.config import RunConfig
 
 
@@ -59,7 +60,7 @@ class TrainingBar:
 
     def write(self, text: str) -> None:
         """Print a line on standard output, above the bar."""
-        self.bar.write(text)
+        self.bar.write(in_a_line(text))
 
     def close(self) -> None:
         self.bar.close()

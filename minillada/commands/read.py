@@ -8,7 +8,7 @@ from pathlib import Path
 from ..files import write_file
 from ..show.literate import MARK, page
 from ..show.page import check_file
-from .cli import Parser
+from .cli import Parser, say
 
 EXAMPLES = """examples:
   python -m minillada read                          opens the page, which lies in a new temporary directory
@@ -27,7 +27,7 @@ def main() -> None:
     if not written_before(path):
         check_file("out", path)
     write_file(path, [page().encode()])
-    print(path)
+    say(str(path))
     if args.open or (args.open is None and args.out is None):
         webbrowser.open(path.absolute().as_uri())
 

@@ -13,7 +13,7 @@ from ..files import write_file
 from ..show.plots import loss_curve
 from ..text.tales import entropy_per_character, flawless, is_tale, mistake
 from ..text.tasks import make_task
-from .cli import Parser, newest_run, run
+from .cli import Parser, newest_run, run, say
 from .play import ORDERS, Player, solutions
 
 FAST = {"commit": "threshold:0.9", "remasking": "low_confidence", "temperature": 0.0, "block_len": 32}
@@ -102,7 +102,7 @@ def main() -> None:
         raise BadInput(f"out: expected a new file, got {args.out}, which exists; give another name")
     name = args.model or newest_run()
     write_file(args.out, [card(Player.load(name, args), name, args.n).encode()])
-    print(f"report written to {args.out}")
+    say(f"report written to {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write a toy task to train.txt, train.jsonl and test.jsonl."""
 
 from ..text.tasks import TASKS, make_task, write_task
-from .cli import Parser
+from .cli import Parser, say
 
 EXAMPLES = """examples:
   python -m minillada tasks addition --n 20000 --out data/addition
@@ -22,4 +22,4 @@ def main() -> None:
     args = p.parse_args()
     task = make_task(args.task, args.n, args.seed, args.test)
     for path in write_task(task, args.out).values():
-        print(path)
+        say(str(path))

@@ -1,5 +1,6 @@
 """Two more scores for the order in which holes are filled, from logits (N,V): the margin and the entropy."""
 
+import torch
 from torch import Generator, Tensor
 
 from ..strategies import SCORES
@@ -12,9 +13,11 @@ def margin(logits: Tensor, tokens: Tensor, rng: Generator) -> Tensor:
 
 
 def negative_entropy(logits: Tensor, tokens: Tensor, rng: Generator) -> Tensor:
-    """Score by minus the entropy, in nats."""
-    log_p = logits.log_softmax(-1)
-    return (log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)  # 0 * -inf counts as 0
+    """Score by minus the entropy, in nats. Where predictions are nearly uniform, entropies differ by less than float32
+    tells apart: hence float64, and a sum in one order, which no other row changes. Equal ones: the leftmost first."""
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    log_p = logits.to(wide).log_softmax(-1)
+    return (log_p.exp() * log_p.clamp(min=-1e9)).cumsum(-1)[:, -1]  # 0 * -inf counts as 0
 
 
 SCORES |= {"margin": margin, "entropy": negative_entropy}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..errors import check_one_of, check_whole
 from ..sampler import SampleConfig, generate
 from ..text.chat import ChatTemplate
-from ..weights.checkpoint import check, expect_tokenizer, load
+from ..weights.checkpoint import expect_tokenizer, load, reading
 from ..weights.device import pick_device
 from .evaluate import SCORINGS, bar
 from .likelihood import Pair, Perplexity, confidence_scores, log_likelihoods, perplexity
@@ -41,12 +42,15 @@ class Adapter:
         check_one_of("scoring", scoring, SCORINGS)
         check_whole("mc_num", mc_num, 1)
         check_one_of("dtype", dtype or "float32", ("float32", "bfloat16", "float16"))
-        found = check(pretrained)
-        expect_tokenizer(found.directory, pretrained)
         self._device = torch.device(pick_device(device or "auto"))
-        self.model, self.tokenizer = load(found.directory, str(self._device), getattr(torch, dtype) if dtype else None)
+
+        def read(directory: Path) -> tuple:
+            expect_tokenizer(directory, pretrained)
+            return directory, *load(directory, self._device, getattr(torch, dtype) if dtype else None)
+
+        self.directory, self.model, self.tokenizer = reading(pretrained, read)
         check_whole("max_length", max_length or 1, 1, self.model.config.max_len)
-        self.directory, self.name = found.directory, pretrained
+        self.name = pretrained
         self.max_length = max_length or self.model.config.max_len
         self.mc_num, self.cfg, self.scoring = mc_num, cfg, scoring
         self.window, self.stride, self.seed, self.batch_size = window or self.max_length, stride, seed, batch_size

@@ -370,6 +370,14 @@ def check_file(form: str, path: Path) -> None:
         raise BadLuck(f"{form}: expected matplotlib, got none; pip install 'minillada[plot]'")
 
 
+def check_apart(outputs: dict[str, Path]) -> None:
+    """Raise BadInput if two outputs, by the options that name them, are one file."""
+    seen: dict[str, str] = {}
+    for option, path in outputs.items():
+        if (other := seen.setdefault(os.path.normcase(os.path.realpath(path)), option)) != option:
+            raise BadInput(f"{option}: expected another file than that of {other}, got {path}; give it one of its own")
+
+
 def save(trace: Trace, form: str, path: Path, **options: object) -> None:
     """Write one of the forms, whole or not at all; options: those of its function, as board=4. Raises BadLuck."""
     made = FORMS[form][0](trace, **options)

@@ -32,6 +32,7 @@ LLADA = (
 MARKERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")  # of that template
 TURN_ENDS = ("<|eot_id|>", "<|role_end|>", "<|im_end|>")  # what an answer ends with, besides the end of text
 FILES = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+MODEL = "config.json"
 ROLES = ("system", "user", "assistant")
 TEMPLATE_CAP, PROMPT_CAP = 64 << 10, 1 << 20  # bytes
 RENDER = str(Path(__file__).with_name("render.py"))
@@ -67,7 +68,8 @@ class ChatTemplate:
             raise BadInput(f"chat template: expected at most {TEMPLATE_CAP} bytes, got more; use another")
         protect(tokenizer, source or LLADA)
         names = special_names(config, tokenizer)
-        return cls(tokenizer, source or LLADA, bool(source), names, stop_ids(generation, tokenizer))
+        model = read_json(confined(directory, MODEL), CONFIG_CAP) if os.path.lexists(directory / MODEL) else {}
+        return cls(tokenizer, source or LLADA, bool(source), names, stop_ids(generation, model, tokenizer))
 
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer and the template into a directory, so that what was trained with them can chat."""
@@ -174,12 +176,15 @@ def special_names(config: dict, tokenizer: Tokenizer) -> dict[str, str]:
     return names
 
 
-def stop_ids(generation: dict, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the ids of the end of text, of generation_config.json, and of the end of a turn, each once."""
-    told = generation.get("eos_token_id", [])
-    told = told if isinstance(told, list) else [told]
+def stop_ids(generation: dict, model: dict, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids of the end of text, of generation_config.json, of a list in config.json, and of the end of a turn,
+    each once."""
+    ends = generation.get("eos_token_id", [])
+    told = ends if isinstance(ends, list) else [ends]
+    if isinstance(more := model.get("eos_token_id"), list):
+        told = [*told, *more]
     for id in told:
-        check_whole("eos_token_id in generation_config.json", id, 0)
+        check_whole("eos_token_id in generation_config.json or config.json", id, 0)
     found = dict.fromkeys([tokenizer.eos_id, *told, *map(tokenizer.inner.token_to_id, TURN_ENDS)])
     return tuple(id for id in found if id is not None)
 

@@ -154,12 +154,16 @@ def opened(path: Path) -> BinaryIO:
 def documents(source: Source, field: str = "text") -> Iterator[Iterable[str]]:
     """Yield each document as its chunks: a corpus or a plain file is one document, a JSONL file has one per line."""
     if not isinstance(source, (str, Path)):
+        if not source:
+            raise BadInput("data: expected a name or a path, got none; give one")
         for one in source:
             yield from documents(one, field)
         return
     if source in CORPORA:  # a file of that name is `./name`
         yield from CORPORA[source].documents()
         return
+    if not str(source):  # which would be this directory
+        raise BadInput(f"data: expected {', '.join(CORPORA)} or a path, got an empty name; give one of these")
     path = Path(source)
     try:
         mode = path.stat().st_mode
@@ -195,8 +199,10 @@ def make_tokenizer(kind: str, source: Source, field: str = "text") -> Tokenizer:
         return Tokenizer.characters(read_text(source, field))
     if kind == "bytes":
         return Tokenizer.bytes()
-    if name != "bpe" or not size.isdigit():
-        raise BadInput(f"tokenizer: expected characters, bytes or bpe:SIZE, got {kind!r}; choose one")
+    if name != "bpe" or not (size.isascii() and size.isdigit() and len(size) < 10):
+        known = ("characters", "bytes", "bpe")
+        fix = meant(name, known, "choose one") if name not in known else "give SIZE as a number like 2048"
+        raise BadInput(f"tokenizer: expected characters, bytes or bpe:SIZE, got {kind!r:.60}; {fix}")
     return Tokenizer.bpe(training_text(source, field), int(size))
 
 

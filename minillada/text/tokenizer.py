@@ -12,7 +12,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ..errors import BadInput, BadLuck, check_whole
+from ..errors import LIMITS, BadInput, BadLuck, check_whole, display  # noqa: F401 display: of tokens
 from ..files import listed, one_line, write_file
 
 # The strings that known models use for each role, ours first; LLaDA and LLaDA-MoE pad with their end of text.
@@ -25,19 +25,8 @@ KNOWN = {
 OURS = [strings[0] for strings in KNOWN.values()]  # ids 0 to 3 of the vocabularies made here
 MAX_FILE = 100_000_000  # bytes of a tokenizer.json
 
-# Replacements for characters that a terminal obeys: pictures of the C0 controls (except \n and \t), and U+FFFD for the
-# C1 controls, for line and direction marks, and for lone surrogates, which cannot be printed.
-HARMLESS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-for first, last in [(0x80, 0x9F), (0x200E, 0x200F), (0x2028, 0x202E), (0x2066, 0x2069), (0xD800, 0xDFFF)]:
-    HARMLESS |= dict.fromkeys(range(first, last + 1), 0xFFFD)
-
 # The library raises bare `Exception`s, and its panics are `BaseException`s.
 no_panic = partial(one_line, faults=BaseException)
-
-
-def display(text: str) -> str:
-    """Return the text with every character that a terminal obeys made visible; newlines and tabs stay."""
-    return text.translate(HARMLESS)
 
 
 class Tokenizer:
@@ -90,7 +79,7 @@ class Tokenizer:
     def bpe(cls, text_chunks: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Learn byte-level byte-pair encoding from the text, which then encodes any text. Same text, same merges."""
         least = len(OURS) + 256
-        check_whole("vocab_size", vocab_size, least, fix=f"try {least}")
+        check_whole("vocab_size", vocab_size, least, LIMITS["vocab_size"], fix=f"try {least}")
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()

@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args, get_origin, get_type_hints
 
 from ..diffusion import PROCESSES
 from ..errors import TINY, BadInput, check_number, check_one_of, check_whole
@@ -207,12 +207,20 @@ CONFIGS: dict[str, type[RunConfig]] = {kind.objective: kind for kind in (TrainCo
 def config_of(document: dict) -> RunConfig:
     """Return the config that run.json holds. Raises BadInput for a file of another version, or a faulty one."""
     version, objective, fields = document.get("version"), document.get("objective"), dict(document)
-    if version != VERSION or objective not in CONFIGS:
+    if version != VERSION or objective not in list(CONFIGS):
         what = f"run.json: expected version {VERSION} and an objective of {', '.join(CONFIGS)}"
         fix = "resume with the minillada that began the run, or begin another run"
         raise BadInput(f"{what}, got version {version!r} and {objective!r}; {fix}")
     kind = CONFIGS[objective]
     del fields["version"], fields["objective"]
+    hints = get_type_hints(kind)
+    for name in fields.keys() & hints.keys():
+        kinds = [get_origin(hint) or hint for hint in get_args(hints[name]) or (hints[name],)]  # a tuple is a list here
+        accepted = {list if k is tuple else k for k in kinds} | ({int} if float in kinds else set())
+        if type(fields[name]) not in accepted:
+            kind_told = getattr(hints[name], "__name__", hints[name])
+            what = f"run.json: expected {name} to be {kind_told}, got {fields[name]!r:.80}"
+            raise BadInput(f"{what}; undo that change, or begin another run")
     later = {"sampling": {}} | ({} if kind is VRPOConfig else {"errors": 0.0})  # what older runs do not have
     later |= {"rows": "windows", "block": None, "start": None} if kind is TrainConfig else {}
     fields = later | fields

@@ -172,7 +172,8 @@ def optimizer_state(optimizers: Sequence[Optimizer]) -> dict:
 
 def load_optimizers(optimizers: Sequence[Optimizer], saved: dict) -> None:
     """Restore what a run of any number of processes saved; tensors are sharded as the weights are."""
-    for group, rate in zip((group for o in optimizers for group in o.param_groups), saved["rates"], strict=True):
+    groups = [group for o in optimizers for group in o.param_groups]
+    for group, rate in zip(groups, saved.get("rates", [g["initial_lr"] for g in groups]), strict=True):
         group["initial_lr"] = rate
     for i, optimizer in enumerate(optimizers):
         parameters, state = [p for group in optimizer.param_groups for p in group["params"]], defaultdict(dict)

@@ -10,6 +10,7 @@ from torch import Generator, nn
 from torch.optim import Optimizer
 
 from ..errors import BadInput
+from ..files import one_line
 from ..model import LLaDA, ModelConfig
 from ..text.chat import ChatTemplate
 from ..text.corpora import cache_dir, make_tokenizer
@@ -94,7 +95,8 @@ def begin_model(config: RunConfig, tokenizer: Tokenizer, rng: Generator, newest:
     if getattr(config, "lora", 0):
         model = adapt(load(config.start)[0], config.lora, rng)
         if saved:
-            adapters(model).load_state_dict({n: saved[f"adapters.{n}"] for n in adapters(model).state_dict()})
+            with one_line("adapters: expected those of this run", "use another checkpoint", Exception):
+                adapters(model).load_state_dict({n: saved[f"adapters.{n}"] for n in adapters(model).state_dict()})
         return model
     if newest is None and isinstance(config, TrainConfig) and config.start is None:
         return make_model(config, tokenizer, rng)
@@ -149,7 +151,8 @@ def make(config: RunConfig, newest: Path | None = None, saved: dict | None = Non
     called = spread(recompute(model) if config.recompute else model, config)
     optimizers = make_optimizers(model, config)
     if saved:
-        load_optimizers(optimizers, saved)
+        with one_line("optimizers: expected the state of this run's", "use another checkpoint", Exception):
+            load_optimizers(optimizers, saved)
     guide = {"sampling": config.sampling}
     if isinstance(config, TrainConfig):
         guide |= {"after_eos": config.rows == "documents", "examples": examples_of(text, saves)}

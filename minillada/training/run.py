@@ -10,11 +10,12 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ReduceOp
 from torch.optim import Optimizer
 
 from ..errors import BadInput, BadLuck
+from ..files import expect, listed, one_line
 from ..model import LLaDA
 from ..text.ids import Tokens
 from ..text.tokenizer import Tokenizer
@@ -60,18 +61,46 @@ def fingerprint(document: dict) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
+KEPT = {"model", "preset", "tokenizer", "length", "rows", "lora", "out"}  # fields that checkpoints are made of
+NUMBERS = (int, float)
+STATE = {  # what the state of a checkpoint holds at least, and the types of its values
+    "version": int, "config": (dict, str), "text": str, "base": (str, type(None)), "step": int, "seconds": NUMBERS,
+    "best": (list, type(None)), "undone": int, "rates": list, "rng.python": list, "rng.numpy": list,
+    "rng.torch": Tensor, "rng.data": Tensor,
+}  # fmt: skip
+
+
 def going_on(run: Run, moved: dict) -> tuple[RunConfig, dict]:
     """Return the config of a run that is resumed, with its fields that have moved, and the state of its newest
-    checkpoint. Raises BadInput for a run.json that was edited, or a field that it does not have."""
+    checkpoint. Raises BadInput for a run.json that was edited in other fields, and for a field that cannot move."""
     with together():
         config, saved = config_of(run.config), load_state(run.newest)
-        if (saved.get("version"), saved.get("config")) != (VERSION, fingerprint(run.config)):
-            what = f"run.json: expected what the run in {run.directory} began with, got an edited one"
-            raise BadInput(f"{what}; undo its changes, or begin another run")
+        for name, kind in STATE.items():
+            expect(name in saved and isinstance(saved[name], kind), f"{name} in state.json", "what this version saves",
+                   saved.get(name, "none"), "resume with the minillada that began the run")  # fmt: skip
+        expect(saved["version"] == VERSION, "state.json", f"version {VERSION}", saved["version"],
+               "resume with the minillada that began the run")  # fmt: skip
         if others := moved.keys() - {field.name for field in fields(config)}:
             what = f"resume: expected changes of {type(config).__name__}'s fields, got {min(others)!r}"
             raise BadInput(f"{what}; leave it out")
+        if kept := moved.keys() & KEPT:
+            what = f"resume: expected no other {min(kept)} than the run began with, got {moved[min(kept)]!r}"
+            raise BadInput(f"{what}; leave it out, or begin another run")
+        if edits := edited(saved["config"], run.config) - moved.keys():
+            what = f"run.json: expected what the run in {run.directory} began with, got an edited one"
+            named = f"allow it by name, as --{min(edits).replace('_', '-')}"
+            raise BadInput(f"{what}; undo the change of {listed(sorted(edits))}, or {named}")
+        if {"lr", "adam_lr"} & moved.keys():
+            del saved["rates"]  # then the config's hold
         return replace(config, **moved), saved
+
+
+def edited(began: dict | str, document: dict) -> set[str]:
+    """Return the names of run.json's fields that are not as the run began with; of older runs, which saved a hash of
+    them all, every name if the hash differs."""
+    if isinstance(began, str):
+        return set() if began == fingerprint(document) else set(document)
+    return {name for name in began.keys() | document.keys() if (name, began.get(name)) not in document.items()}
 
 
 class Rescue:
@@ -107,7 +136,7 @@ def write(run: Run, made: Made, step: RunStep, saving: bool, best: tuple[float, 
     if saving:
         whole = merged(made.model) if lora else unsharded(made.model)
         state = {
-            "version": VERSION, "config": fingerprint(run.config), "text": made.text.fingerprint, "base": made.base,
+            "version": VERSION, "config": run.config, "text": made.text.fingerprint, "base": made.base,
             "step": step.step, "seconds": step.seconds, "best": best if best[1] else None, "undone": undone,
             **optimizer_state(made.optimizers), **rng_state(data=made.rng),
             **{f"adapters.{name}": tensor for name, tensor in made.trained.state_dict().items() if lora},
@@ -123,20 +152,25 @@ def train(
     **moved: object,
 ) -> Iterator[RunStep]:  # fmt: skip
     """Yield every step of a training. With `config.out` a log and checkpoints are written there; `resume` goes on with
-    such a run, bit for bit if it counts in steps; `moved` are fields of its config that may differ now: device, shard.
+    such a run, bit for bit if it counts in steps; `moved` are fields of its config that are to differ now, as device.
     A step after which `stop()` is True is saved and is the last. A loss, gradient or weight that is not finite undoes
     all steps since the last checkpoint; the next batch goes on there, at a quarter of lr. Raises BadInput, BadLuck."""
     with ExitStack() as stack:
         stack.enter_context(processes())
         run, config, saved = None, config or TrainConfig(), {}
         if resume is not None:
-            run = stack.enter_context(in_turn(lambda: Run.resume(resume, rank() == 0, config_of)))
+            run = stack.enter_context(in_turn(lambda: Run.open(resume, rank() == 0, config_of)))
             config, saved = going_on(run, moved)
         elif config.out:
             with together():
                 refuse_occupied(Path(config.out))  # before data are read
         made = make(config, run and run.newest, saved)
-        if run is None and config.out:
+        if run is not None:
+            with together():
+                with one_line("state.json: expected what a training saves", "use another checkpoint", Exception):
+                    set_rng_state(saved, data=made.rng)
+                run.tidy()  # what could be refused has been: from here on the directory changes
+        elif config.out:
             document = {"version": VERSION, "objective": config.objective, **asdict(made.config)}
             with together():
                 run = stack.enter_context(Run.create(config.out, json.loads(json.dumps(document)), rank() == 0))
@@ -150,8 +184,6 @@ def follow(made: Made, run: Run | None, saved: dict, stop: Callable[[], bool]) -
     before, notices = seconds, [*made.notices, *(run.notices if run else [])]
     rescue = Rescue(made.trained, made.optimizers, saved.get("undone", 0))
     length = config.length if isinstance(config, TrainConfig) else made.text.longest
-    if saved:
-        set_rng_state(saved, data=made.rng)
     clip = lambda parameters, largest: full(nn.utils.clip_grad_norm_(parameters, largest))
     norm = lambda: full(nn.utils.get_total_norm([p.detach() for p in made.model.parameters()])).item()  # of all weights
     mean = lambda loss: reduce(loss / world_size(), ReduceOp.SUM).item()

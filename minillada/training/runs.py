@@ -42,6 +42,7 @@ class Run(AbstractContextManager):
         self.directory, self.checkpoints, self.log_file = directory, directory / "checkpoints", directory / "log.jsonl"
         self.config: dict = {}
         self.newest: Path | None = None  # the newest whole checkpoint
+        self.damaged: dict[Path, str] = {}  # those after it, and what is wrong with each
         self.notices: list[str] = []  # lines for the user
         self.leads, self._lock = leads, None
         if not leads:
@@ -72,10 +73,17 @@ class Run(AbstractContextManager):
         return run
 
     @classmethod
-    def resume(cls, directory: str | Path, leads: bool = True, accept: Callable = lambda config: None) -> "Run":
-        """Go on from the newest whole checkpoint: cut off the log's later steps, set damaged checkpoints aside as
-        corrupt-step-… and name them in `notices`. accept is given the config before anything is changed; it may raise.
-        Raises BadInput if this is no run or has no whole checkpoint, BadLuck if it is in use."""
+    def resume(cls, directory: str | Path) -> "Run":
+        """Go on from the newest whole checkpoint, with the directory in order: `open`, then `tidy`."""
+        run = cls.open(directory)
+        run.tidy()
+        return run
+
+    @classmethod
+    def open(cls, directory: str | Path, leads: bool = True, accept: Callable = lambda config: None) -> "Run":
+        """Find the config and the newest whole checkpoint of a run, and change nothing yet: whoever goes on may still
+        refuse. accept is given the config; it may raise. Raises BadInput if this is no run or has no whole checkpoint,
+        BadLuck if it is in use."""
         directory = Path(directory)
         if not (directory / "run.json").is_file():
             raise BadInput(f"run directory: expected one with a run.json, got {directory}; give the directory of a run")
@@ -84,21 +92,27 @@ class Run(AbstractContextManager):
         with one_line(f"run directory: expected to read and write {directory}", fix, undo=run.close):
             run.config = files.read_json(directory / "run.json", files.CONFIG_CAP)
             accept(run.config)
-            run.newest, damaged = newest_checkpoint(directory)
+            run.newest, run.damaged = newest_checkpoint(directory)
             if run.newest is None:
-                found = "; ".join(damaged.values()) or "none"
+                found = "; ".join(run.damaged.values()) or "none"
                 raise BadInput(f"checkpoint: expected a whole one in {directory}, got {found}; choose another --out")
-            if not leads:
-                return run
-            for path, reason in damaged.items():
+        return run
+
+    def tidy(self) -> None:
+        """Cut off the log's steps after the newest checkpoint, set damaged checkpoints aside as corrupt-step-…, name
+        them in `notices`, and remove what a killed process left. Raises BadLuck."""
+        if not self.leads:
+            return
+        fix = "change its permissions or copy it elsewhere"
+        with one_line(f"run directory: expected to write in {self.directory}", fix, undo=self.close):
+            for path, reason in self.damaged.items():
                 aside = path.with_name(f"corrupt-{path.name}")
                 discard(aside)
                 os.replace(path, aside)
-                run.notices.append(f"{path.name} is damaged, now {aside.name}; using {run.newest.name} ({reason})")
-            for leftover in (*directory.glob(LEFTOVER), *run.checkpoints.glob(LEFTOVER)):
+                self.notices.append(f"{path.name} is damaged, now {aside.name}; using {self.newest.name} ({reason})")
+            for leftover in (*self.directory.glob(LEFTOVER), *self.checkpoints.glob(LEFTOVER)):
                 discard(leftover)
-            truncate_log(run.log_file, step_of(run.newest))
-        return run
+            truncate_log(self.log_file, step_of(self.newest))
 
     def log(self, record: dict) -> None:
         """Append one line of strict JSON; a float that is not finite becomes null. resume() cuts lines by "step"."""

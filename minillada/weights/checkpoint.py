@@ -8,10 +8,11 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from .vision import sees, with_vision
 NAMES = SCHEMES | GGUF  # Report.scheme -> the names of the tensors
 STORED = {"f16": torch.float16, "bf16": torch.bfloat16}  # kind of a GGUF tensor -> its dtype here; float32 for others
 CHUNK = 1 << 24  # bytes read at a time
+T = TypeVar("T")
 Plan = dict[str, list[Tensor]]  # tensor of the files -> the parameters (or single experts) that are its rows
 
 
@@ -80,18 +82,33 @@ def load(
     progress: bool = False,
     mask_id: int | None = None,
     tokenizer: str | Path | None = None,
+    allow_unknown_keys: bool = False,
 ) -> tuple[LLaDA, Tokenizer | None]:
     """Return the model, in eval mode, and the tokenizer if there is one, of a directory, a run (its newest whole
     checkpoint), a GGUF file, or the hub (revision: a branch, tag or commit). dtype: None for the files'. mask_id: if
     they lack it. tokenizer: a directory with a tokenizer to take instead, for GGUF files without one.
-    Raises BadInput for what does not fit exactly, BadLuck if a file, the network or memory is missing."""
+    allow_unknown_keys: of config.json, even if they could change the model. Raises BadInput for what does not fit
+    exactly, BadLuck if a file, the network or memory is missing."""
     with one_line(f"device: expected one of this machine for {str(device)!r}", "use cpu", faults=Exception):
         device = torch.empty(0, device=device).device
-    directory = locate(path_or_hub_id, revision, progress)
+    how = device, dtype, progress, mask_id, tokenizer, allow_unknown_keys
+    return reading(path_or_hub_id, lambda directory: load_directory(directory, *how), revision, progress)
+
+
+def load_directory(
+    directory: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: bool,
+    mask_id: int | None,
+    tokenizer: str | Path | None,
+    allow_unknown_keys: bool,
+) -> tuple[LLaDA, Tokenizer | None]:
+    """Do what `load` does, for a directory that is known."""
     if directory.parent == HOME and dtype is None:
         dtype = torch.float32  # stored in half of that, which many processors compute slowly with
     tokenizer = load_tokenizer(Path(tokenizer or directory))
-    report = inspect(directory, tokenizer, mask_id)
+    report = inspect(directory, tokenizer, mask_id, allow_unknown_keys)
     model, dtypes = report.meta.eval(), target_dtypes(report, dtype)
     shapes = {name: p.shape for name, p in weights(model).items()}
     check_memory(sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()), device)
@@ -119,10 +136,11 @@ def check(
     revision: str | None = None,
     mask_id: int | None = None,
     tokenizer: Path | None = None,
+    allow_unknown_keys: bool = False,
 ) -> Report:
     """Find out what a checkpoint is; if deep, look for NaN and infinity. Raises as `load`, except for memory."""
-    directory = locate(path_or_hub_id, revision)
-    report = inspect(directory, load_tokenizer(tokenizer or directory), mask_id)
+    look = lambda found: inspect(found, load_tokenizer(Path(tokenizer or found)), mask_id, allow_unknown_keys)
+    report = reading(path_or_hub_id, look, revision)
     read = read_tensors(report, report.meta) if deep else []
     bad = dict.fromkeys(name for name, _, piece in read if not piece.isfinite().all())
     return replace(report, non_finite=tuple(bad))
@@ -151,6 +169,18 @@ def locate(path_or_hub_id: str | Path, revision: str | None = None, progress: bo
     return newest
 
 
+def reading(name: str | Path, use: Callable[[Path], T], revision: str | None = None, progress: bool = False) -> T:
+    """Return use(directory) for what `locate` finds. A run that goes on training may drop the checkpoint meanwhile:
+    then it is done again with its next one."""
+    while True:
+        directory = locate(name, revision, progress)
+        try:
+            return use(directory)
+        except (BadInput, OSError):
+            if directory.exists() or not (Path(name) / "run.json").is_file():
+                raise
+
+
 def load_tokenizer(path: Path) -> Tokenizer | None:
     """Return the tokenizer of a directory or a GGUF file, None if there is none."""
     with home_of(path) as directory:
@@ -168,7 +198,9 @@ def expect_tokenizer(path: Path, name: str) -> None:
         raise BadInput(f"{name}: expected a tokenizer.json, got none; {fix}")
 
 
-def inspect(directory: Path, tokenizer: Tokenizer | None, mask_id: int | None) -> Report:
+def inspect(
+    directory: Path, tokenizer: Tokenizer | None, mask_id: int | None, allow_unknown_keys: bool = False
+) -> Report:
     """Check everything that can be checked before memory is taken. Raises BadInput, BadLuck."""
     hashes, header = {}, gguf.read_header(directory) if is_gguf(directory) else None
     if header is not None:
@@ -176,7 +208,7 @@ def inspect(directory: Path, tokenizer: Tokenizer | None, mask_id: int | None) -
     else:
         if os.path.lexists(directory / files.MANIFEST):
             hashes = files.verify_manifest(directory, sizes_only=".safetensors")
-        scheme, config = read_config(directory, tokenizer, mask_id)
+        scheme, config = read_config(directory, tokenizer, mask_id, allow_unknown_keys)
     size = getattr(tokenizer, "vocab_size", 0)
     expect(size <= config.embedding_size, "tokenizer.json", f"at most the model's {config.embedding_size} ids", size,
            "use the tokenizer that belongs to the model")  # fmt: skip

@@ -23,7 +23,7 @@ from ..text.chat import ChatTemplate
 from ..text.tokenizer import Tokenizer
 from . import gguf
 from .gguf import KINDS, Header, Stored
-from .schemes import IDS, Scheme, check_types, complete, read_fields, tensors
+from .schemes import IDS, Scheme, check_types, complete, known_keys, read_fields, tensors
 
 CHUNK = 1 << 18  # numbers that are packed or unpacked at a time: what a processor's cache holds
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}  # general.file_type
@@ -197,7 +197,7 @@ def read_config(
     raw["diffusion.shift_logits"] = keys.get("diffusion.shift_logits", False)
     ids = {IDS[ours]: keys.get(f"tokenizer.ggml.{key}") for ours, key in TOLD.items()}
     raw |= {key: id for key, id in ids.items() if id is not None}
-    found = read_fields(raw, scheme, {}, path.name)
+    found = read_fields(known_keys(raw, scheme, path.name), scheme, {}, path.name)
     side = parse_side(keys.get("minillada.config"))
     for field in found.keys() & side.keys():
         theirs, ours = found[field], side[field]

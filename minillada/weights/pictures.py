@@ -48,7 +48,7 @@ def open_picture(image: "str | Path | Image") -> "Image":
         raise BadInput(f"picture: expected a path or a PIL image, got {type(image).__name__}; give one of these")
     with one_line(f"{image}: expected a picture that can be read", "check its name and permissions"):
         if not Path(image).is_file():  # a FIFO would block
-            raise BadLuck(f"{image}: expected a picture, found no such file; check the name")
+            raise BadLuck(f"{image}: expected a picture, got no such file; check the name")
         with open(image, "rb") as file:
             return checked(file, str(image))
 

@@ -5,6 +5,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -192,7 +193,7 @@ LLADA2 = Scheme(  # LLaDA2.x: fused query, key and value; a router with a bias; 
                     "router_scale": "routed_scaling_factor", "n_expert_group": "n_group",
                     "n_expert_group_active": "topk_group"}, spare={"mask_id": "mask_token_id"},
     absent={"head_dim": None, "use_qk_norm": True, "use_qkv_bias": False, "tie_word_embeddings": False,
-            "rotary_dim": None},
+            "rotary_dim": None, "router_dtype": "fp32"},
     fixed={"hidden_act": "silu", "norm_head": False, "rope_scaling": None, "router_dtype": "fp32",
            "score_function": "sigmoid", "use_bias": False},
     rare={"moe_router_enable_expert_bias": True, "norm_softmax": False, "use_rmsnorm": True,
@@ -213,8 +214,16 @@ LLADA2 = Scheme(  # LLaDA2.x: fused query, key and value; a router with a bias; 
 
 SCHEMES = {"LLaDA": LLADA, "LLaDA-MoE": LLADA_MOE, "LLaDA2": LLADA2, "LLaDA-V": LLADA_V, "Llama": LLAMA}  # tried so
 # Keys of any Hugging Face config that say nothing about the model. auto_map names code and is never used.
-COMMON = {"_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "max_window_layers", "model_type",
+COMMON = {"_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures",
+          "attn_implementation", "auto_map", "bos_token_id", "dtype", "max_window_layers", "model_type",
           "output_router_logits", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache"}  # fmt: skip
+# What transformers' PretrainedConfig (4.48, configuration_utils.py) gives to keys that nobody sets, apart from false,
+# null and empty values. They concern its own training and generation.
+USUAL = {"chunk_size_feed_forward": 0, "diversity_penalty": 0.0, "encoder_no_repeat_ngram_size": 0,
+         "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "length_penalty": 1.0,
+         "max_length": 20, "min_length": 0, "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1,
+         "num_return_sequences": 1, "repetition_penalty": 1.0, "return_dict": True, "temperature": 1.0, "top_k": 50,
+         "top_p": 1.0, "typical_p": 1.0}  # fmt: skip
 KNOWN_IDS = {  # of published models whose config.json lacks them, by rows of the embedding
     126464: {"mask_id": 126336, "eos_id": 126081, "pad_id": 126081},  # LLaDA-8B, LLaDA-1.5, LLaDA-V
     157184: {"mask_id": 156895, "eos_id": 156892, "pad_id": 156892},  # LLaDA-MoE, LLaDA2
@@ -222,11 +231,15 @@ KNOWN_IDS = {  # of published models whose config.json lacks them, by rows of th
 }
 
 
-def read_config(directory: Path, tokenizer: Tokenizer | None, mask_id: int | None) -> tuple[str, ModelConfig]:
-    """Return the scheme's name and the config; ids that it lacks are the tokenizer's or KNOWN_IDS. Raises BadInput."""
-    raw = read_json(confined(directory, "config.json"), CONFIG_CAP)
+def read_config(
+    directory: Path, tokenizer: Tokenizer | None, mask_id: int | None, allow_unknown_keys: bool = False
+) -> tuple[str, ModelConfig]:
+    """Return the scheme's name and the config; ids that it lacks are the tokenizer's or KNOWN_IDS. A warning names keys
+    that are left out; see `known_keys`. Raises BadInput."""
+    raw = in_older_form(read_json(confined(directory, "config.json"), CONFIG_CAP))
     side = read_json(confined(directory, SIDE), CONFIG_CAP) if os.path.lexists(directory / SIDE) else {}
     scheme = recognise(raw)
+    raw = known_keys(raw, SCHEMES[scheme], "config.json", allow_unknown_keys)
     return scheme, complete(read_fields(raw, SCHEMES[scheme], side), raw, tokenizer, mask_id)
 
 
@@ -258,13 +271,47 @@ def recognise(raw: dict) -> str:
     raise BadInput(f"config.json: expected the keys of one scheme ({known}), got none of them; use a LLaDA checkpoint")
 
 
+def in_older_form(raw: dict) -> dict:
+    """Return a config.json as transformers' versions before 5 write it, without what is off in it or changes nothing:
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 6e5}} -> {"rope_theta": 6e5}. Raises BadInput."""
+    raw = dict(raw)
+    for key in ("rope_scaling", "rope_parameters"):
+        kinds = ("type", "rope_type")
+        if isinstance(raw.get(key), dict) and all(raw[key].get(kind, "default") == "default" for kind in kinds):
+            for name, value in raw.pop(key).items():
+                spare = name == "rope_theta" and name in raw and value == 10_000.0  # which version 5.0 fills in itself
+                if name not in kinds and not spare:
+                    expect(raw.setdefault(name, value) == value, name, f"the {value!r} of {key}", raw[name])
+    if raw.get("use_sliding_window") is False:
+        raw.pop("sliding_window", None)
+    if isinstance(kinds := raw.get("layer_types"), list) and all(kind == "full_attention" for kind in kinds):
+        del raw["layer_types"]
+    ends = raw.get("eos_token_id")
+    if isinstance(ends, list) and ends:  # the first; `ChatTemplate` ends answers at the others too
+        raw["eos_token_id"] = ends[0]
+    return raw
+
+
+def known_keys(raw: dict, scheme: Scheme, source: str, allow: bool = False) -> dict:
+    """Return the keys that the scheme knows. Others are left out, and a warning names them, if they are off, empty or
+    as transformers sets them; and, if the user allows it, those that could change what the model computes. Raises
+    BadInput for such a key that is not allowed."""
+    known = {*COMMON, *scheme.keys.values(), *scheme.spare.values(), *scheme.express}
+    known |= {*scheme.fixed, *scheme.rare, *scheme.absent, *scheme.ignored, *scheme.seen}
+    others = {key: value for key, value in raw.items() if key not in known and value is not None}
+    harmless = lambda key, value: value is False or value in ("", [], {}) or (key in USUAL and same(value, USUAL[key]))
+    harmful = [repr(key) for key, value in others.items() if not harmless(key, value)]
+    if harmful and not allow:
+        fix = "remove one only if it cannot change the model, or add --allow-unknown-keys"
+        raise BadInput(f"{source}: expected only keys that are implemented here, got {listed(harmful)}; {fix}")
+    if others:
+        warnings.warn(f"{source}: ignored {listed(list(others), most=20)}", stacklevel=5)
+    return {key: value for key, value in raw.items() if key in known}
+
+
 def read_fields(raw: dict, scheme: Scheme, side: dict, source: str = "config.json") -> dict[str, Any]:
     """Return the fields of ModelConfig in a config.json, of the right types; ids may be missing. Raises BadInput."""
     keys, fixed = [*scheme.keys.values(), *scheme.express], scheme.fixed | scheme.rare
-    known = {*COMMON, *keys, *scheme.spare.values(), *fixed, *scheme.ignored, *scheme.seen}
-    if unknown := [repr(key) for key, value in raw.items() if key not in known and value is not None]:
-        fix = "remove one only if it cannot change the model"
-        raise BadInput(f"{source}: expected only keys that are implemented here, got {listed(unknown)}; {fix}")
     values = {**dict.fromkeys(IDS.values()), **scheme.absent, **scheme.rare, **raw}
     for key, wanted in fixed.items():
         what = f"{wanted!r}, all that is implemented here"
