@@ -9,11 +9,12 @@ from oracles import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minillada.model
-from minillada import SampleConfig, stream
+from minillada import SampleConfig, SFTConfig, stream
 from minillada.errors import BadInput, BadLuck
 from minillada.model import attend
 from minillada.sampler import Canvas
-from minillada.training import distributed
+from minillada.training import distributed, sft
+from minillada.training.sft import Items
 from minillada.weights.device import slow_experts
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "equal"}
@@ -141,3 +142,15 @@ def test_slow_experts_are_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     (line,) = slow_experts(moe, "cuda", torch.bfloat16)
     assert line.startswith("experts: bfloat16 on this device")
+
+
+@pytest.mark.parametrize(("precision", "low"), [("bfloat16", True), ("float32", False)])
+def test_sft_validates_in_the_precision_it_trains_in(precision, low, monkeypatch):
+    c, seen = tiny_model().config, []
+    items = Items(None, None, 1.0, 1.0, "", [[([1], [2, 14])]], [[([1], [2, 14])]], 3)
+    config = SFTConfig(start="somewhere", data="some.jsonl", precision=precision)
+    real = sft.log_likelihoods
+    spy = lambda *args, **more: seen.append(torch.is_autocast_enabled("cpu")) or real(*args, **more)
+    monkeypatch.setattr(sft, "log_likelihoods", spy)
+    assert sft.SFT(items, config, c).validate(tiny_model())["bound"] > 0
+    assert seen == [low]
