@@ -275,9 +275,10 @@ def in_older_form(raw: dict) -> dict:
     """Return a config.json as transformers' versions before 5 write it, without what is off in it or changes nothing:
     {"rope_parameters": {"rope_type": "default", "rope_theta": 6e5}} -> {"rope_theta": 6e5}. Raises BadInput."""
     raw = dict(raw)
+    kinds = ("type", "rope_type")
     for key in ("rope_scaling", "rope_parameters"):
-        kinds = ("type", "rope_type")
-        if isinstance(raw.get(key), dict) and all(raw[key].get(kind, "default") == "default" for kind in kinds):
+        plain = isinstance(raw.get(key), dict) and raw[key].keys() <= {*kinds, "rope_theta", "partial_rotary_factor"}
+        if plain and all(raw[key].get(kind, "default") == "default" for kind in kinds):
             for name, value in raw.pop(key).items():
                 spare = name == "rope_theta" and name in raw and value == 10_000.0  # which version 5.0 fills in itself
                 if name not in kinds and not spare:
