@@ -26,6 +26,7 @@ from minillada.commands.ask import (
     parse,
     question,
     show,
+    usual_of,
 )
 from minillada.commands.chat import chat
 from minillada.commands.cli import Parser, here, on_hub, run, tell
@@ -153,7 +154,8 @@ def main() -> None:
         return
     expect_tokenizer(home, args.model)  # before gigabytes are read
     model, tokenizer = load_model(args, found, device)
-    talker = make_talker(home, args.model, model, tokenizer, args, **defaults_of(home))
+    defaults = {**usual_of(found.scheme, args.model), **defaults_of(home)}
+    talker = make_talker(home, args.model, model, tokenizer, args, **defaults)
     tell(f"prompts are {'messages in the chat template' if talker.instruct else 'texts to go on with'}")
     if args.chat:
         chat(args, talker)

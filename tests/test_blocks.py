@@ -13,6 +13,7 @@ from torch import Generator
 
 import minillada
 from minillada import SampleConfig, exact_bound, generate, log_likelihoods, stream
+from minillada.commands.ask import usual_of
 from minillada.decoding.llada2 import official
 from minillada.diffusion import Noised, exact_count, model_bound, sample_t
 from minillada.errors import BadInput
@@ -327,3 +328,9 @@ def test_self_speculation_needs_fewer_evaluations_where_drafts_are_right():
     width = found["one"][-1].x.shape[1]
     assert torch.equal(found["one"][-1].x, found["speculate"][-1].x[:, :width])
     assert len(found["speculate"]) < 0.75 * len(found["one"])
+
+
+def test_llada2_is_decoded_as_its_authors_do_unless_told_otherwise():
+    assert usual_of("LLaDA2", "inclusionAI/LLaDA2.0-mini") == {"commit": "llada2"}
+    assert usual_of("LLaDA2", "inclusionAI/LLaDA2.1-mini") == {"commit": "llada2.1"}
+    assert usual_of("LLaDA", "GSAI-ML/LLaDA-8B-Instruct") == {}
