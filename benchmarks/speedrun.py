@@ -37,6 +37,8 @@ ENTRIES: dict[str, dict] = {
     "2 heads": {"model": {"n_head": 2}},
     "rotary base 100": {"model": {"rope_theta": 100.0}},
     "16 rows a step": {"batch_size": 16},
+    "blocks of 4": {"block": 4},
+    "blocks of 1: autoregression": {"block": 1},
 }  # fmt: skip
 
 

@@ -63,8 +63,8 @@ SYSTEM = (
 
 
 def usual_of(scheme: str, name: str) -> dict:
-    """Return how the authors of a published model decode it, as fields of SampleConfig, from the names of its tensors and
-    what the user called it: LLaDA2.0 and LLaDA2.1 have rules of their own."""
+    """Return how the authors of a published model decode it, as fields of SampleConfig, from the scheme of its tensors
+    and what the user called it: LLaDA2.0 and LLaDA2.1 have rules of their own."""
     return {"commit": "llada2.1" if "2.1" in name else "llada2"} if scheme == "LLaDA2" else {}
 
 
