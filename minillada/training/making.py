@@ -50,8 +50,8 @@ class Made(NamedTuple):
 def make_model(config: TrainConfig, tokenizer: Tokenizer, rng: Generator) -> LLaDA:
     """Return a new model with random weights."""
     ids = {"mask_id": tokenizer.mask_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    own = {"vocab_size": tokenizer.vocab_size, "max_len": config.length, "block": config.block or 0}
-    model = LLaDA(ModelConfig(**own, **ids, **config.model))
+    sizes = config.model if config.block is None else config.model | {"block": config.block}
+    model = LLaDA(ModelConfig(vocab_size=tokenizer.vocab_size, max_len=config.length, **ids, **sizes))
     model.init_weights(rng)
     return model
 
