@@ -159,7 +159,7 @@ class Draft:
         self.said, empty = said, torch.zeros(asked.shape, dtype=scores.dtype, device=scores.device)
         x = self.x[ask.rows, ask.window].masked_scatter(asked, tokens)
         scores = (empty - torch.inf).masked_scatter(asked, scores)
-        return Guess(x, scores, (empty + torch.nan).masked_scatter(asked, p.to(empty.dtype)))
+        return Guess(x, scores, (empty + torch.nan).to(p.dtype).masked_scatter(asked, p))
 
     def take_back(self, rows: Tensor, window: slice, back: Tensor) -> None:
         """Turn the committed places `back` (R,W) into holes."""

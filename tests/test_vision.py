@@ -598,7 +598,7 @@ def test_adapters_learn_about_pictures_while_the_tower_stays(school, tmp_path):
         ("../square.png", "expected the plain name of a file in this directory"),
         ("/etc/hostname", "expected the plain name of a file in this directory"),
         ("pictures\\00000.png", "expected the plain name of a file in this directory"),
-        ("pictures/none.png", "expected a file, found nothing"),
+        ("pictures/none.png", "expected a file, got nothing"),
         ("outside/x.png", "got a link that leaves it"),
         ("scenes.jsonl", "expected a whole picture"),
         (3, "expected the plain name of a file in this directory"),
