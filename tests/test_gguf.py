@@ -278,7 +278,10 @@ DAMAGED = {
     "no architecture": (swap(ARCHITECTURE, "general.architektur?"), "expected llada or llada-moe"),
     "another architecture": (swap("\x05\0\0\0\0\0\0\0llada", "\x05\0\0\0\0\0\0\0mamba"), "got 'mamba'"),
     "a key less": (swap(LAYERS, "other.block_count"), "expected the keys of its scheme"),
-    "an unknown key": (swap(f"{CAUSAL}", "llada.attention.kausal"), "llama.attention.causal in .*: expected that of llada"),
+    "an unknown key": (
+        swap(f"{CAUSAL}", "llada.attention.kausal"),
+        "llama.attention.causal in .*: expected that of llada",
+    ),
     "causal": (behind(CAUSAL, 4, "?", True), "attention.causal: expected False"),
     "of another type": (behind(LAYERS, 0, "If", 6, 2.0), "block_count|n_layer"),
     "other layers than the config": (behind(LAYERS, 4, "I", 3), "minillada.config .*: expected n_layer 3"),
