@@ -1,10 +1,12 @@
 """Fuzz what a stranger's checkpoint is read with: `python benchmarks/fuzz.py TARGET --minutes 10`. Needs atheris.
 
-Targets: header and index (of safetensors files), config, template. Each input becomes that file of a small checkpoint
-that is sound otherwise. Only an error of ours may come out of it, one line, after less than 2 s of computing; the
-process may take 1 GB at most. Anything else ends the run, with the input in a file `crash-…`.
+Targets: header and index (of safetensors files), config, template, gguf (a whole small file), image. Each input becomes
+that file of a small checkpoint that is sound otherwise, or a file of its own. Only an error of ours may come out of it,
+one line, after less than 2 s of computing; the process may take 1 GB at most. Anything else ends the run, with the
+input in a file `crash-…`.
 """
 
+import io
 import json
 import os
 import shutil
@@ -17,17 +19,21 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import atheris
+import torch
 
 with atheris.instrument_imports(include=["minillada.files", "minillada.text", "minillada.weights"]):
     from minillada.errors import BadInput, BadLuck
+    from minillada.model import LLaDA, ModelConfig
     from minillada.text.chat import ChatTemplate
-    from minillada.weights import checkpoint
+    from minillada.weights import checkpoint, convert, pictures
 
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 from talkers import write_talker  # noqa: E402
 
 SHARD, INDEX = "model-00002-of-00003.safetensors", "model.safetensors.index.json"
+TARGETS = ("header", "index", "config", "template", "gguf", "image")
+SMALL = ModelConfig(vocab_size=16, n_layer=1, n_head=1, d_model=32, d_ff=32, max_len=8, mask_id=0, eos_id=1)
 MOST = 2.0  # seconds of computing
 TEMPLATES = [
     b"{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}{{ raise_exception('no') }}",
@@ -45,7 +51,20 @@ def seeds_of(target: str, home: Path) -> list[bytes]:
         return [data[8 : 8 + struct.unpack("<Q", data[:8])[0]]]
     if target == "index":
         return [(home / INDEX).read_bytes()]
+    if target == "gguf":
+        torch.manual_seed(0)
+        convert.write(home / "model.gguf", LLaDA(SMALL), "q8_0")
+        return [(home / "model.gguf").read_bytes()]
+    if target == "image":
+        return [picture(kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP")]
     return [path.read_bytes() for path in sorted((TESTS / "golden").glob("*/config.json"))]
+
+
+def picture(kind: str) -> bytes:
+    """Return a picture of 12 x 9 pixels as a file of a format of Pillow's."""
+    written = io.BytesIO()
+    pictures.pillow().effect_noise((12, 9), 50).convert("RGB").save(written, kind)
+    return written.getvalue()
 
 
 def reader_of(target: str, home: Path):
@@ -60,6 +79,12 @@ def reader_of(target: str, home: Path):
         elif target == "header":
             (home / SHARD).write_bytes(struct.pack("<Q", len(data)) + data + body)
             checkpoint.check(home)
+        elif target == "gguf":
+            (home / "model.gguf").write_bytes(data)
+            checkpoint.load(home / "model.gguf")
+        elif target == "image":
+            (home / "image").write_bytes(data)
+            pictures.open_picture(home / "image").convert("RGB")
         else:
             (home / {"index": INDEX, "config": "config.json"}[target]).write_bytes(data)
             checkpoint.check(home, mask_id=255)
@@ -69,7 +94,7 @@ def reader_of(target: str, home: Path):
 
 def main() -> None:
     p = ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("target", choices=("header", "index", "config", "template"))
+    p.add_argument("target", choices=TARGETS)
     p.add_argument("--minutes", type=float, default=10.0)
     args = p.parse_args()
     warnings.simplefilter("ignore")  # of keys that are left out
