@@ -2,6 +2,7 @@
 
     python benchmarks/blocks.py --file shakespeare.txt          the table of docs/blocks.md, half an hour on one core
     python benchmarks/blocks.py --file shakespeare.txt --only train
+    python benchmarks/blocks.py --only draw                     docs/blocks.png from docs/blocks.json; needs matplotlib
 
 Every model has the shape of `tiny`, reads characters, and trains so many minutes on one thread; the autoregressive twin
 trains as many steps as blocks of 1 did. A training step is timed in turns with a plain one. Results: docs/blocks.json.
@@ -138,12 +139,38 @@ def sampling() -> dict[str, float]:
     return {name: NEW / seconds for name, seconds in found.items()}
 
 
+def draw(found: dict) -> None:
+    """Draw bits per character and tokens per second by the length of a block, from autoregression to diffusion."""
+    from matplotlib.figure import Figure
+
+    names = ["1", "4", "16", "none\n(whole text)"]
+    trained, speed = found["train"], found["sampling"]
+    bits = [trained[block]["bits"] for block in ("1", "4", "16", "0")]
+    speeds = [speed[f"blocks of {block}, exact cache"] for block in (1, 4, 16)] + [speed["whole canvas"]]
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, values, told in ((left, bits, "{:.2f}"), (right, speeds, "{:.0f}")):
+        axes.plot(names, values, "o-", color="tab:blue")
+        for place, value in enumerate(values):
+            axes.annotate(told.format(value), (place, value), (4, 6), textcoords="offset points", fontsize=8)
+        axes.set(xlabel="tokens in a block")
+        axes.margins(0.12, 0.18)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.axhline(trained["twin"]["bits"], color="0.4", linestyle=":")
+    left.text(3.2, trained["twin"]["bits"], "autoregressive twin", ha="right", va="bottom", fontsize=8)
+    left.set(ylabel="bits per character, at most", title="quality after 3.3 minutes")
+    right.set(ylabel="tokens per second", ylim=(0, None), title="speed, a token a step")
+    figure.savefig(OUT.with_suffix(".png"), dpi=130)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--file", required=True, help="the text")
+    parser.add_argument("--file", help="the text to train on")
     parser.add_argument("--minutes", type=float, default=3.3, help="of training for each model (default: 3.3)")
-    parser.add_argument("--only", choices=("train", "steps", "sampling"))
+    parser.add_argument("--only", choices=("train", "steps", "sampling", "draw"))
     args = parser.parse_args()
+    if args.file is None and args.only in (None, "train"):
+        parser.error("--file: expected a text to train on, got none; add --file shakespeare.txt")
     torch.set_num_threads(1)
     found = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
     parts = {
@@ -151,10 +178,11 @@ def main() -> None:
         "steps": lambda: {str(kind).removeprefix("torch."): steps(kind) for kind in (torch.float32, torch.bfloat16)},
         "train": lambda: training(args.file, args.minutes),
     }
-    for name in [args.only] if args.only else parts:
+    for name in {None: list(parts), "draw": []}.get(args.only, [args.only]):
         found[name] = parts[name]()
         write_json(OUT, found)
         print(json.dumps({name: found[name]}, indent=1), flush=True)
+    draw(found)
 
 
 if __name__ == "__main__":
