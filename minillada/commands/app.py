@@ -123,7 +123,8 @@ def examples_of(name: str, talker: Talker, told: dict[str, list[str]]) -> tuple[
     boards = [prompt.rstrip("=") for prompt in prompts if re.fullmatch(r"[\d.]{16}=|[\d.]{81}=", prompt)]
     side = math.isqrt(len(boards[0])) if boards else 9 if "sudoku9" in name else 4 if "sudoku" in name else 0
     if side in (4, 9) and len(boards) < 4:
-        boards += [example.prompt.rstrip("=") for example in make_task(f"sudoku{side}", 0, n_test=4).test]
+        more = [example.prompt.rstrip("=") for example in make_task(f"sudoku{side}", 0, n_test=4).test]
+        boards = list(dict.fromkeys(boards + more))
     chat = told.get("chat") or prompts * talker.instruct or ["Hello!"]
     holes = [f"{board}={board.replace('.', '[MASK]')}" for board in boards]
     fill = told.get("fill") or holes or ["Once upon a time[MASK][MASK][MASK][MASK]. The end."]
