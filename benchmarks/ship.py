@@ -47,7 +47,7 @@ GUIDES = {
     }},
     "tales-ar": {"sampling": STORIES},
     "sudoku4": {"sampling": {"temperature": 0.0}, "examples": {"prompt": ["2.14..3.342..24.="]}},
-    "questions": {"sampling": {"temperature": 0.0}, "examples": {
+    "questions": {"sampling": {"temperature": 0.0, "gen_len": 16}, "examples": {
         "chat": [example.prompt for example in make_task("questions", 0, n_test=3).test],  # not trained on
     }},
 }  # fmt: skip

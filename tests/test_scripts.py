@@ -20,9 +20,12 @@ from safetensors.torch import load_file, save_file
 from talkers import CHARACTERS, write_talker, write_template, write_tokenizer
 
 import minillada
+from minillada.commands.ask import guide_of
 from minillada.commands.cli import Parser, run
 from minillada.errors import BadInput, BadLuck
 from minillada.text.chat import PROMPT_CAP
+from minillada.text.tasks import make_task
+from minillada.weights.shipped import HOME
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--gen-len", "16", "--device", "cpu"]
@@ -407,6 +410,16 @@ def test_a_chat_with_a_model_that_was_not_taught_says_how_to_teach_it(call, home
     code, _, err = call("sample.py", home, "--chat", *QUICK, typed="Hello\n")
     assert code == 0 and err.count("\n") == 1
     assert f"train_tiny.py --sft DATA --from {home}" in err and "`questions`" in err
+
+
+def test_the_shipped_model_answers_what_it_offers_to_be_asked_and_questions_that_follow(call):
+    asked = make_task("questions", 0, n_test=3).test
+    offered = guide_of(HOME / "questions")["examples"]["chat"]
+    assert offered == [example.prompt for example in asked]
+    for text, answer in zip(offered, ("striped", "ball", "at the edge of the village"), strict=True):
+        assert call("sample.py", "questions", "--chat", typed=f"{text}\n")[:2] == (0, f"{answer}\n")
+    code, out, _ = call("sample.py", "questions", "--chat", typed=f"{offered[0]}\nWhere did Kitty live?\n")
+    assert (code, out.splitlines()) == (0, ["striped", "beside the lighthouse"])
 
 
 @with_terminals

@@ -234,11 +234,10 @@ def compare(model: Model, text: str, *values):
 def chat(model: Model, text: str, messages: list[Message], *values):
     args, talker = options(model, values), model.talker
     c = talker.model.config
-    length = args.gen_len or talker.defaults.get("gen_len") or min(128, c.max_len // 2)
     if not text.strip() or len(text) > LONGEST:
         raise BadInput(f"message: expected 1 to {LONGEST} characters, got {len(text)}; write another")
     told = [*talker.system, *messages, talker.message(text)]  # the picture stands in front of the newest message
-    kept, prompt = talker.template.fit(told, c.max_len - length)
+    kept, prompt = talker.template.fit(told, c.max_len - talker.answer_length(args))
     kept = [{"role": m["role"], "content": m["content"]} for m in kept if m["role"] != "system"]
     asked = to_write(args, talker, prompt, len(prompt))
     yield kept, bubbles(kept), "", *[gr.skip()] * 3

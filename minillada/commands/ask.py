@@ -94,6 +94,10 @@ class Talker(NamedTuple):
         stop_ids = tuple(id for id in ends if id is not None)
         return sample_config(args, self.model.config, prompt_len, **{"stop_ids": stop_ids, **self.defaults, **more})
 
+    def answer_length(self, args: argparse.Namespace) -> int:
+        """Return how many tokens an answer in a chat may take: as asked, the default, or what a short model leaves."""
+        return args.gen_len or self.defaults.get("gen_len") or min(128, self.model.config.max_len // 2)
+
     def shown(self, path: str | Path) -> "Talker":
         """Return one that sees the picture in a file, and what it saw before. Raises BadInput, BadLuck."""
         picture = open_picture(path)

@@ -18,7 +18,7 @@ def chat(args: argparse.Namespace, talker: Talker) -> None:
     FILE shows a picture, which the next message is about."""
     args.quiet = args.quiet or not sys.stdout.isatty()
     c, messages, first = talker.model.config, talker.system, talker
-    length = args.gen_len or min(128, c.max_len // 2)
+    length = talker.answer_length(args)
     check_whole("gen_len", length, 1, c.max_len - 1)
     talker.template.render(["user"], ["Hi"])  # a template that fails does so at once
     if not talker.taught:

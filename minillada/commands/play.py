@@ -68,7 +68,7 @@ class Player(NamedTuple):
         c, whole = self.model.config, [self.begin + row for row in rows]
         holes = [i for row in whole for i, token in enumerate(row) if token == c.mask_id]
         width = max(holes) + 1 - min(holes)
-        how = {"gen_len": width, "steps": width, "block_len": width, **self.guide.get("sampling", {}), **more}
+        how = {"block_len": width, **self.guide.get("sampling", {}), "gen_len": width, "steps": width, **more}
         if width % how["block_len"]:
             how["block_len"] = width
         return stream(self.model, Canvas.infill(whole, c), SampleConfig(**how), self.args.seed, rivals=5)
