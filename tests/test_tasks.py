@@ -112,6 +112,26 @@ def test_a_gap_to_be_filled_stands_in_front_of_a_sentence_as_it_was_told():
     assert gaps and all(e.prompt == "" and e.text in told for e in gaps)
 
 
+def test_an_open_board_may_be_filled_in_any_way_that_keeps_the_rules_and_its_digits():
+    task, known = make_task("open4", 3000, 0, 200), {"".join(map(str, board)) for board in boards()[0]}
+    asked = {e.prompt for e in task.train}
+    for example in (*task.train[:200], *task.test):
+        given = example.prompt[:-1]
+        ways = ["".join(map(str, way)) for way in solutions([int(d) for d in given.replace(".", "0")], 2)]
+        assert 3 <= 16 - given.count(".") <= 6 and example.answer in ways
+        assert all(task.check(example, f"{way}\nmore") == 1 for way in ways)
+    assert {e.answer for e in task.train} <= known and not asked & {e.prompt for e in task.test}
+    assert all((e.answer in known) == (e.kind == "clues") for e in task.test)
+    assert {e.kind for e in task.test} == {"clues", "boards"}
+
+
+@pytest.mark.parametrize("line", ["2143432112343412", "12343412214343", "1234341221434312", "", "x234341221434321"])
+def test_a_board_that_breaks_a_rule_or_changes_a_digit_is_wrong(line):
+    check, example = make_task("open4", 1, 0, 1).check, Example("1..............1=", "")
+    assert check(example, "1234432121433412") == 0 and check(Example("1..............1=", ""), line) == 0
+    assert check(Example("1...............=", ""), "1234341221434321") == 1
+
+
 def brute_force(puzzle, side, width):
     """Every solution, by trying all permutations row by row."""
     rows = [[]]

@@ -7,6 +7,7 @@ docstring of each task says what it is. An answer ends with its line, so a check
 """
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -61,6 +62,19 @@ def share(example: Example, got: str) -> float:
 def told(example: Example, got: str) -> float:
     """Return 1 if prompt and line together are any tale of the grammar, else 0."""
     return float(is_tale(f"{example.prompt} {line_of(got)}"))
+
+
+def solved(example: Example, got: str) -> float:
+    """Return 1 if the line keeps a board's given digits and each row, column and box has every digit once, else 0."""
+    given, line = example.prompt.rstrip("="), line_of(got)
+    box = math.isqrt(math.isqrt(len(given)))
+    kept = len(line) == len(given) and all(a in (".", b) for a, b in zip(given, line, strict=True))
+    units: dict[int, set[str]] = {}
+    for digit, where in zip(line, places(box), strict=False):
+        for unit in where:
+            units.setdefault(unit, set()).add(digit)
+    digits = set("123456789"[: box * box])
+    return float(kept and all(seen == digits for seen in units.values()))
 
 
 # Generators: (rng, test, parameter) -> endless examples, of the test part or of the training part
@@ -238,6 +252,18 @@ def sudoku(rng: random.Random, test: bool, box: int) -> Iterator[Example]:
             yield Example(question.replace("0", ".") + "=", answer)
 
 
+def open_boards(rng: random.Random, test: bool, box: int) -> Iterator[Example]:
+    """Yield a 4x4 board of which 3 to 6 cells are given -> one of the ways to fill it; any other counts as well. One
+    question in ten is held out ("clues"); so are, a kind of their own, the boards that `sudoku` holds out ("boards")."""
+    known, new = boards()
+    while True:
+        kind = rng.choice(["clues", "boards"]) if test else ""
+        solution, given = rng.choice(new if kind == "boards" else known), rng.sample(range(16), rng.randint(3, 6))
+        question = "".join(str(digit) if cell in given else "." for cell, digit in enumerate(solution))
+        if held_out(question) == test:
+            yield Example(question + "=", "".join(map(str, solution)), kind=kind)
+
+
 def tales(rng: random.Random, test: bool, _: int) -> Iterator[Example]:
     """Yield the first sentence of a tale -> any rest that the grammar can make. Held out by first sentence."""
     while True:
@@ -275,7 +301,7 @@ class Recipe(NamedTuple):
 TASKS: dict[str, Recipe] = {
     "addition": Recipe(addition, exact, 2, 1, 9), "sums": Recipe(sums, share, 8, 1, 512),
     "reverse": Recipe(reverse, exact, 8, 3, 64), "facts": Recipe(facts, exact, 240, 3, len(ROLES)),
-    "sudoku4": Recipe(sudoku, exact, 2), "sudoku9": Recipe(sudoku, exact, 3),
+    "sudoku4": Recipe(sudoku, exact, 2), "sudoku9": Recipe(sudoku, exact, 3), "open4": Recipe(open_boards, solved, 2),
     "tales": Recipe(tales, told), "questions": Recipe(questions),
 }  # fmt: skip
 
