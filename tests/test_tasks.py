@@ -12,7 +12,7 @@ from minillada.commands.tasks import main
 from minillada.errors import BadInput
 from minillada.text.tales import GRAMMAR, tell
 from minillada.text.tales import tales as all_tales
-from minillada.text.tasks import TASKS, Example, boards, is_tale, make_task, places, solutions, write_task
+from minillada.text.tasks import TASKS, Example, boards, is_tale, make_task, places, solutions, value_of, write_task
 
 SMALL = {name: (40, 0, 5 if name == "sudoku9" else 30) for name in TASKS}
 
@@ -230,6 +230,35 @@ def test_the_answer_to_a_question_stands_in_the_tale_and_its_heroes_met_never_be
         assert example.answer.strip() in tale
     assert {e.kind for e in task.test} == {"name", "thing", "colour", "friend", "food", "place"}
     assert not {e.prompt for e in task.train} & {e.prompt for e in task.test}
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [("8/(3-1)", 4), ("9-3-2", 4), ("9-(3-2)", 8), ("8/4/2", 1), ("1/3*3", 1), ("2+3*4", 14), (" ((7)) ", 7)]
+    + [(text, None) for text in ("", "1+", "(1", "1)", "1 2", "-1", "2**3", "1/(2-2)", "٣", "1+x", "(" * 99 + "1")],
+)  # fmt: skip
+def test_an_expression_has_its_exact_value_or_none(expression, value):
+    assert value_of(expression) == value
+
+
+def test_any_expression_of_all_the_numbers_that_reaches_the_target_counts():
+    check, example = make_task("countdown", 0, 0, 0).check, Example("3,5,7:22=", "3*5+7")
+    for right in ("3*5+7", "7+5*3", " (5 * 3) + 7 \n9"):
+        assert check(example, right) == 1
+    for wrong in ("22", "3*5", "3*5+7+7-7", "3*5+07", "3*5+7=22", "15+7", "3*7+5", "3*5+7+0"):
+        assert check(example, wrong) == 0
+    assert check(Example("3,8,3:8=", ""), "3*8/3") == 1
+
+
+def test_numbers_and_target_of_the_test_were_never_trained_on_and_many_have_several_answers():
+    task = make_task("countdown", 1500, 0, 60)
+    key = lambda e: (*sorted(e.prompt.split(":")[0].split(",")), e.prompt.split(":")[1])
+    assert not {key(e) for e in task.test} & {key(e) for e in task.train}
+    answers = {}
+    for example in task.train:
+        answers.setdefault(example.prompt, set()).add(example.answer)
+    assert max(map(len, answers.values())) > 2
+    assert all(len(e.prompt.split(":")[0].split(",")) == 4 for e in make_task("countdown:4", 9, 0, 3).train)
 
 
 def test_files_hold_the_examples_and_are_never_overwritten(tmp_path):

@@ -8,8 +8,11 @@ docstring of each task says what it is. An answer ends with its line, so a check
 
 import json
 import math
+import operator
 import random
+import re
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from functools import cache
 from itertools import islice, product
 from pathlib import Path
@@ -75,6 +78,47 @@ def solved(example: Example, got: str) -> float:
             units.setdefault(unit, set()).add(digit)
     digits = set("123456789"[: box * box])
     return float(kept and all(seen == digits for seen in units.values()))
+
+
+APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
+def value_of(expression: str) -> Fraction | None:
+    """Return the exact value of whole numbers, + - * / and parentheses: `8/(3-1)` -> 4. None for any other text, for
+    one that is longer than anybody needs, and for a division by zero."""
+    tokens = re.findall("[0-9]+|[-+*/()]", expression)
+    if "".join(tokens) != expression.replace(" ", "") or len(tokens) > 99:
+        return None
+    tokens.reverse()  # the next one stands last
+
+    def sum_or_product(signs: str) -> Fraction:
+        part = number if signs == "*/" else lambda: sum_or_product("*/")
+        value = part()
+        while tokens and tokens[-1] in signs:
+            value = APPLY[tokens.pop()](value, part())
+        return value
+
+    def number() -> Fraction:
+        if (token := tokens.pop()) != "(":
+            return Fraction(int(token))
+        value = sum_or_product("+-")
+        if tokens.pop() != ")":
+            raise ValueError
+        return value
+
+    try:
+        value = sum_or_product("+-")
+    except (IndexError, ValueError, ZeroDivisionError):
+        return None
+    return None if tokens else value
+
+
+def reached(example: Example, got: str) -> float:
+    """Return 1 if the line reaches the target with every number of the question, each used once, else 0."""
+    numbers, target = example.prompt.strip().rstrip("=").split(":")
+    line = line_of(got)
+    used = sorted(re.findall("[0-9]+", line)) == sorted(numbers.split(","))
+    return float(used and value_of(line) == int(target))
 
 
 # Generators: (rng, test, parameter) -> endless examples, of the test part or of the training part
@@ -273,6 +317,30 @@ def tales(rng: random.Random, test: bool, _: int) -> Iterator[Example]:
             yield Example(f"{opening}.", f" {rest}")
 
 
+LOOSER = {"*": ("+-", "+-"), "/": ("+-", "+-*/"), "-": ("", "+-"), "+": ("", "")}  # left and right of a sign
+
+
+def expression(numbers: list[int], rng: random.Random) -> tuple[str, str]:
+    """Return a random expression of these numbers in this order, with no needless parentheses, and its last sign."""
+    if len(numbers) == 1:
+        return str(numbers[0]), " "
+    cut, sign = rng.randint(1, len(numbers) - 1), rng.choice(list(APPLY))
+    sides = zip((numbers[:cut], numbers[cut:]), LOOSER[sign], strict=True)
+    parts = [(expression(some, rng), looser) for some, looser in sides]
+    return sign.join(f"({text})" if inner in looser else text for (text, inner), looser in parts), sign
+
+
+def countdown(rng: random.Random, test: bool, n: int) -> Iterator[Example]:
+    """Yield `3,5,7:22=` -> `3*5+7`: n numbers from 1 to 9, and a target from 1 to 99 that they reach together. Held out
+    by numbers and target."""
+    while True:
+        numbers = [rng.randint(1, 9) for _ in range(n)]
+        answer, _ = expression(rng.sample(numbers, n), rng)
+        target = value_of(answer)
+        if target in range(1, 100) and held_out((sorted(numbers), int(target))) == test:
+            yield Example(f"{','.join(map(str, numbers))}:{target}=", answer)
+
+
 QUESTIONS = {
     "name": "Who lost the {thing}?", "thing": "What did {name} lose?", "colour": "What colour was the {thing}?",
     "friend": "Who helped {name}?", "food": "What did the {friend} want?", "place": "Where did {name} live?",
@@ -302,13 +370,14 @@ TASKS: dict[str, Recipe] = {
     "addition": Recipe(addition, exact, 2, 1, 9), "sums": Recipe(sums, share, 8, 1, 512),
     "reverse": Recipe(reverse, exact, 8, 3, 64), "facts": Recipe(facts, exact, 240, 3, len(ROLES)),
     "sudoku4": Recipe(sudoku, exact, 2), "sudoku9": Recipe(sudoku, exact, 3), "open4": Recipe(open_boards, solved, 2),
-    "tales": Recipe(tales, told), "questions": Recipe(questions),
+    "tales": Recipe(tales, told), "questions": Recipe(questions), "countdown": Recipe(countdown, reached, 3, 2, 6),
 }  # fmt: skip
 
 
 def make_task(spec: str, n: int, seed: int = 0, n_test: int = 500) -> Task:
     """Make n examples to train on, drawn with repetition, and at most n_test questions, all different. Raises BadInput.
-    spec: a name of `TASKS`; `addition:3` has 3 digits, `sums:32` terms, `reverse:8` letters, `facts:240` people."""
+    spec: a name of `TASKS`; `addition:3` has 3 digits, `sums:32` terms, `reverse:8` letters, `facts:240` people,
+    `countdown:4` numbers."""
     name, colon, parameter = spec.partition(":")
     check_one_of("task", name, TASKS)
     recipe = TASKS[name]
