@@ -19,7 +19,7 @@ from minillada.errors import BadInput, check_one_of
 from minillada.sampler import SampleConfig, generate
 from minillada.show.plots import loss_curve
 from minillada.text.tokenizer import display
-from minillada.training.config import PRESETS, RunConfig, SFTConfig, TrainConfig, VRPOConfig
+from minillada.training.config import CONFIGS, PRESETS, RunConfig, TrainConfig
 from minillada.training.distributed import agree, processes, rank, together
 from minillada.training.loggers import LOGGERS, make
 from minillada.training.run import RunStep, train
@@ -83,18 +83,25 @@ def options() -> Parser:
     more.add_argument("--no-shared", dest="shared", **off, help="VRPO: other masks for the reference")
     more.add_argument("--beta", type=float, help="VRPO: of the preference loss (default: 0.2)")
     more.add_argument("--sft-share", type=float, help="VRPO: of SFT's loss on the chosen answers (default: 0.05)")
+    more.add_argument("--reward", metavar="TASK", help="rewards (docs/few_steps.md): it answers a task of `tasks`")
+    more.add_argument("--rollout-steps", type=int, metavar="N", help="rewards: evaluations for an answer (default: 4)")
+    more.add_argument("--algorithm", help="rewards: rejection (default); ablations: diffu-grpo, wd1, just-grpo")
+    more.add_argument("--group", type=int, metavar="N", help="rewards: answers to the same question (default: 8)")
+    more.add_argument("--inner", type=int, metavar="N", help="rewards: steps that learn from one rollout (default: 4)")
+    more.add_argument("--temperature", type=float, help="rewards: of rollouts (default: 0.5)")
     return p
 
 
 def config_for(given: dict) -> RunConfig:
     """Return the config that options ask for, by field. Raises BadInput for those that do not go together."""
-    tuned = {kind: given.pop(name) for name, kind in (("sft", SFTConfig), ("prefer", VRPOConfig)) if name in given}
+    tuned = {kind: given.pop(name) for name, kind in CONFIGS.items() if name in given}
     kind, data = next(iter(tuned.items()), (TrainConfig, None))
     if len(tuned) > 1:
-        raise BadInput(f"prefer: expected none with --sft, got {tuned[VRPOConfig]!r}; leave one of them out")
+        (one, _), (other, value) = [(kind.objective, value) for kind, value in tuned.items()][:2]
+        raise BadInput(f"{other}: expected none with --{one}, got {value!r}; leave one of them out")
     if tuned and "start" not in given:
         raise BadInput("from: expected a run or model directory to begin with, got none; add --from RUN")
-    asked = "--prefer" if kind is VRPOConfig else "--sft" if kind is SFTConfig else "pre-training"
+    asked = f"--{kind.objective}" if tuned else "pre-training"
     allowed = {field.name for field in fields(kind)} - ({"data"} if tuned else set())
     if kind is TrainConfig and "block" not in given:
         allowed -= {"start"}
@@ -105,7 +112,7 @@ def config_for(given: dict) -> RunConfig:
     data = [data] if tuned else given.pop("data", ["docs"])
     if "start" in given:
         here(given["start"], on_hub(given["start"]))
-    name = f"{Path(data[0]).stem}-{kind.objective if tuned else given.get('preset', 'tiny')}"
+    name = f"{Path(data[0]).stem.replace(':', '')}-{kind.objective if tuned else given.get('preset', 'tiny')}"
     out = str(given.pop("out", None) or fresh_run(name))
     return kind(**given, data=data[0] if len(data) == 1 else tuple(data), out=out)
 

@@ -10,6 +10,7 @@ from typing import ClassVar, get_args, get_origin, get_type_hints
 from ..diffusion import PROCESSES
 from ..errors import TINY, BadInput, check_number, check_one_of, check_whole
 from ..text.corpora import corpus
+from ..text.tasks import make_task
 from ..train import LearnConfig
 
 # `model` are fields of ModelConfig, `train` of TrainConfig; the published models have no recipe for one machine.
@@ -41,15 +42,17 @@ VERSION = 2  # of run.json and of the state beside a checkpoint's model
 # What the fields of configs may be: a check, the fields that it is for, and its limits.
 CHECKS = (
     (check_whole, ("batch_size", "eval_every", "checkpoint_every", "accumulate", "length", "samples", "masks"), (1,)),
+    (check_whole, ("rollout_steps", "group", "inner"), (1,)),
     (check_whole, ("keep", "lora"), (0,)),
     (check_whole, ("seed",), (0, 2**63 - 1)),
-    (check_number, ("balance", "z_loss", "bias_rate", "sft_share"), (0,)),
-    (check_number, ("lr", "adam_lr", "clip", "beta"), (TINY,)),
-    (check_number, ("warmup", "decay", "weight_decay", "errors"), (0, 1)),
+    (check_number, ("balance", "z_loss", "bias_rate", "sft_share", "temperature"), (0,)),
+    (check_number, ("lr", "adam_lr", "clip", "beta", "ratio_clip"), (TINY,)),
+    (check_number, ("warmup", "decay", "weight_decay", "errors", "prompt_mask"), (0, 1)),
     (check_one_of, ("optimizer",), (("muon", "adamw"),)),
     (check_one_of, ("process",), (PROCESSES,)),
     (check_one_of, ("precision",), (("auto", "float32", "bfloat16"),)),
     (check_one_of, ("rows",), (("windows", "documents"),)),
+    (check_one_of, ("algorithm",), (("rejection", "diffu-grpo", "wd1", "just-grpo"),)),
 )
 
 
@@ -156,7 +159,7 @@ class TunedConfig(RunConfig):
 
     defaults: ClassVar[dict]  # the recipe without lora
 
-    data: str  # one JSONL file
+    data: str  # one JSONL file; of rewards, a task
     start: str  # the run or model directory to begin with
     lora: int = 0  # rank of adapters that are trained in place of the weights; 0: none
 
@@ -201,7 +204,44 @@ class VRPOConfig(TunedConfig):
         return f"loss {loss:.4f}"
 
 
-CONFIGS: dict[str, type[RunConfig]] = {kind.objective: kind for kind in (TrainConfig, SFTConfig, VRPOConfig)}
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(TunedConfig):
+    """Hold a run that learns from rewards: `data` is a task, whose checker judges the model's own answers. Steps,
+    evaluations and checkpoints end with a rollout's last inner step, so that a run resumes bit for bit."""
+
+    objective: ClassVar[str] = "reward"
+    held_out: ClassVar[str] = "wrong"
+    defaults: ClassVar[dict] = {"optimizer": "muon", "lr": 0.003, "adam_lr": 0.001, "steps": 100, "batch_size": 128}
+    low: ClassVar[dict] = {"lr": 0.0003, "adam_lr": 0.0001}  # for weights of both signs, which ruin models at others
+
+    algorithm: str = "rejection"  # rejection | diffu-grpo | wd1 | just-grpo
+    rollout_steps: int = 4  # evaluations in which an answer is written
+    group: int = 8  # answers to the same question
+    inner: int = 4  # steps that learn from one rollout
+    temperature: float = 0.5  # of rollouts
+    prompt_mask: float = 0.15  # diffu-grpo, wd1: share of a question that is hidden
+    ratio_clip: float = 0.5  # diffu-grpo, just-grpo: how far from 1 a ratio counts
+
+    def recipe(self) -> dict:
+        return {**super().recipe(), **(self.low if self.algorithm != "rejection" else {})}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        make_task(self.data, 0, n_test=0)
+        if self.batch_size % self.group:
+            what = f"batch_size: expected a multiple of the group's {self.group} answers, got {self.batch_size}"
+            raise BadInput(f"{what}; change either")
+        if self.algorithm != "rejection" and self.group < 2:
+            what = f"group: expected 2 answers or more with {self.algorithm}, got 1"
+            raise BadInput(f"{what}; they are compared with each other")
+
+    def units(self, loss: float, characters_per_token: float = 1.0) -> str:
+        """Say what a training loss means, or the held-out figure, which is the share of wrong answers."""
+        return f"loss {loss:.4f}"
+
+
+KINDS = (TrainConfig, SFTConfig, VRPOConfig, RewardConfig)
+CONFIGS: dict[str, type[RunConfig]] = {kind.objective: kind for kind in KINDS}
 
 
 def config_of(document: dict) -> RunConfig:
@@ -221,7 +261,7 @@ def config_of(document: dict) -> RunConfig:
             kind_told = getattr(hints[name], "__name__", hints[name])
             what = f"run.json: expected {name} to be {kind_told}, got {fields[name]!r:.80}"
             raise BadInput(f"{what}; undo that change, or begin another run")
-    later = {"sampling": {}} | ({} if kind is VRPOConfig else {"errors": 0.0})  # what older runs do not have
+    later = {"sampling": {}} | ({"errors": 0.0} if hasattr(kind, "errors") else {})  # what older runs do not have
     later |= {"rows": "windows", "block": None, "start": None} if kind is TrainConfig else {}
     fields = later | fields
     if others := fields.keys() ^ {field.name for field in dataclasses.fields(kind)}:

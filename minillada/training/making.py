@@ -21,11 +21,12 @@ from ..weights.checkpoint import check, expect_tokenizer, load
 from ..weights.device import slow_experts
 from ..weights.vision import sees, with_album
 from .balance import Balanced
-from .config import RunConfig, SFTConfig, TrainConfig, TunedConfig, VRPOConfig
+from .config import RewardConfig, RunConfig, SFTConfig, TrainConfig, TunedConfig, VRPOConfig
 from .distributed import check_gpus, check_same, in_turn, load_optimizers, spread, together, world_size
 from .lora import adapt, adapters
 from .optim import choose_precision, make_optimizers, recompute
 from .pretraining import TextPretraining, examples_of
+from .rewards import RISK, Rewards, ask
 from .sft import SFT, Items, dialogue, read_items, teach
 from .vrpo import VRPO, compared
 
@@ -57,8 +58,8 @@ def make_model(config: TrainConfig, tokenizer: Tokenizer, rng: Generator) -> LLa
 
 
 def read_dialogues(config: TunedConfig, newest: Path | None) -> tuple[Items, ChatTemplate, str, str | None]:
-    """Return the lines of a file as ids, the template with its tokenizer, the directory of the model to begin with, and
-    a hash of that model if the run needs it for as long as it lasts: under adapters, or as a reference."""
+    """Return the lines of a file or a task's questions as ids, the template with its tokenizer, the directory of the
+    model to begin with, and a hash of it if the run needs it while it lasts: under adapters, or as a reference."""
     prefers = isinstance(config, VRPOConfig)
     lasts = prefers or config.lora > 0
     with together():
@@ -66,10 +67,13 @@ def read_dialogues(config: TunedConfig, newest: Path | None) -> tuple[Items, Cha
         base = hashlib.sha256(repr((found.entries, found.hashes)).encode()).hexdigest() if lasts else None
         expect_tokenizer(found.directory, f"from {config.start}")
         template = teach(found.directory, Tokenizer.load(found.directory, {"mask": found.config.mask_id}))
+    given = config.start if newest else str(found.directory)
+    if isinstance(config, RewardConfig):
+        return in_turn(lambda: ask(config, template, found.config)), template, given, base
     turns_of = compared if prefers else dialogue
     vision = found.meta.embed.vision if sees(found.meta) else None
     items = in_turn(lambda: read_items(config.data, template, found.config, turns_of, vision))
-    return items, template, config.start if newest else str(found.directory), base
+    return items, template, given, base
 
 
 def finished(config: RunConfig, step: int, seconds: float) -> bool:
@@ -112,6 +116,8 @@ def begin_objective(config: RunConfig, text: Tokens, c: ModelConfig) -> Objectiv
         objective = TextPretraining(text, config, c.mask_id, c.eos_id, c.block, c.vocab_size)
     elif isinstance(config, SFTConfig):
         objective = SFT(text, config, c)
+    elif isinstance(config, RewardConfig):
+        objective = Rewards(text, config, c)
     else:
         whole = lambda: with_album(load(config.start, config.device, torch.float32)[0], text.album)
         reference = None if config.lora else whole().requires_grad_(False)
@@ -156,5 +162,7 @@ def make(config: RunConfig, newest: Path | None = None, saved: dict | None = Non
     guide = {"sampling": config.sampling}
     if isinstance(config, TrainConfig):
         guide |= {"after_eos": config.rows == "documents", "examples": examples_of(text, saves)}
+    if getattr(config, "algorithm", "rejection") != "rejection":
+        notices.append(f"algorithm {config.algorithm}: {RISK}")
     notices += slow_experts(model.config, config.device, getattr(torch, precision))
     return Made(config, notices, text, saves, guide, base, objective, model, called, trained, optimizers, rng)

@@ -184,6 +184,7 @@ def follow(made: Made, run: Run | None, saved: dict, stop: Callable[[], bool]) -
     before, notices = seconds, [*made.notices, *(run.notices if run else [])]
     rescue = Rescue(made.trained, made.optimizers, saved.get("undone", 0))
     length = config.length if isinstance(config, TrainConfig) else made.text.longest
+    inner, stopped = getattr(config, "inner", 1), 0  # steps that learn from one rollout
     clip = lambda parameters, largest: full(nn.utils.clip_grad_norm_(parameters, largest))
     norm = lambda: full(nn.utils.get_total_norm([p.detach() for p in made.model.parameters()])).item()  # of all weights
     mean = lambda loss: reduce(loss / world_size(), ReduceOp.SUM).item()
@@ -192,9 +193,11 @@ def follow(made: Made, run: Run | None, saved: dict, stop: Callable[[], bool]) -
         step, sound = done.step, math.isfinite(done.loss + done.grad_norm)
         if sound and isinstance(objective, Balanced) and getattr(config, "bias_rate", 0):
             move_biases(objective.routings, config.bias_rate)
-        seconds, stopped = agree(before + time.perf_counter() - start, stop())
-        last = stopped > 0 or finished(config, step, seconds)
-        evaluate, saving = last or step % config.eval_every == 0, last or step % config.checkpoint_every == 0
+        seconds, stopped = agree(before + time.perf_counter() - start, stopped or stop())
+        whole = step % inner == 0  # a rollout is not saved, so a run must go on with a new one
+        last = step == config.steps or (whole and (stopped > 0 or finished(config, step, seconds)))
+        due = lambda every: last or (whole and step % every < inner)  # noqa: B023 called in this very step
+        evaluate, saving = due(config.eval_every), due(config.checkpoint_every)
         if not (sound := sound and (not (evaluate or saving) or math.isfinite(norm()))):
             notices.append(rescue.go_back(step, f"loss {done.loss:.3g}, gradient {done.grad_norm:.3g}"))
         found = objective.validate(made.model) if evaluate else {}

@@ -152,16 +152,24 @@ def read_items(
     if len(items) < 2:
         raise BadInput(f"{path}: expected two lines or more, to learn from and to validate, got {len(items)}; add some")
     n_held = max(1, len(items) // 10)
-    learned, held = items[:-n_held], items[-n_held:]
+    return gather(items[:-n_held], items[-n_held:], template, album.hashes, album=album.pictures)
+
+
+def gather(
+    learned: list[Item], held: list[Item], template: ChatTemplate, hashes: Sequence = (), kind: type[Items] = Items,
+    **more,
+) -> Items:  # fmt: skip
+    """Return items as a run's text; hashes: of further files. `more` are further fields of this kind of Items."""
+    items, tokenizer = learned + held, template.tokenizer
     longest = max(len(prompt) + len(answer) for item in items for prompt, answer in item)
     flat = lambda part: np.fromiter((id for item in part for pair in item for ids in pair for id in ids), np.int64)
     answers = [answer for item in held for _, answer in item]
-    texts, n = [template.tokenizer.decode(answer) for answer in answers], sum(map(len, answers))
+    texts, n = [tokenizer.decode(answer) for answer in answers], sum(map(len, answers))
     characters, size = sum(map(len, texts)) / n, sum(len(text.encode()) for text in texts) / n
-    digest = digest_of(template.tokenizer)
-    digest.update(json.dumps([template.source, items, *album.hashes]).encode())
+    digest = digest_of(tokenizer)
+    digest.update(json.dumps([template.source, items, *hashes]).encode())
     held_in = (flat(learned), flat(held), characters, size, digest.hexdigest(), learned, held, longest)
-    return Items(*held_in, album.pictures)
+    return kind(*held_in, **more)
 
 
 def visits(n: int, seed: int, start: int) -> Iterator[tuple[int, float]]:
