@@ -75,6 +75,7 @@ def options() -> Parser:
     more = p.add_argument_group("to go on from a trained model (docs/assistant.md)")
     more.add_argument("--sft", metavar="DATA", help="teach it to answer: JSONL with prompt and answer, or messages")
     more.add_argument("--prefer", metavar="DATA", help="VRPO: JSONL with prompt, chosen and rejected")
+    more.add_argument("--distil", metavar="DATA", help="learn to answer in fewer steps: JSONL as for --sft")
     more.add_argument("--from", dest="start", metavar="RUN", help="the run or model to begin with; with --block too")
     more.add_argument("--lora", type=int, metavar="RANK", help="train adapters, which are merged when saved")
     more.add_argument("--no-eos-padding", dest="eos_padding", **off, help="SFT: one end of text per answer")
@@ -82,6 +83,9 @@ def options() -> Parser:
     more.add_argument("--masks", type=int, metavar="N", help="VRPO: masks at each of them (default: 1)")
     more.add_argument("--no-shared", dest="shared", **off, help="VRPO: other masks for the reference")
     more.add_argument("--beta", type=float, help="VRPO: of the preference loss (default: 0.2)")
+    more.add_argument("--certainty", type=float, metavar="W", help="distil: weight of the entropy of right predictions")
+    more.add_argument("--consistency", type=float, metavar="W", help="distil: weight of agreeing with the model's EMA")
+    more.add_argument("--ema", type=float, help="distil: what of that average stays in a step (default: 0.99)")
     more.add_argument("--sft-share", type=float, help="VRPO: of SFT's loss on the chosen answers (default: 0.05)")
     more.add_argument("--reward", metavar="TASK", help="rewards (docs/few_steps.md): it answers a task of `tasks`")
     more.add_argument("--rollout-steps", type=int, metavar="N", help="rewards: evaluations for an answer (default: 4)")
@@ -94,14 +98,15 @@ def options() -> Parser:
 
 def config_for(given: dict) -> RunConfig:
     """Return the config that options ask for, by field. Raises BadInput for those that do not go together."""
-    tuned = {kind: given.pop(name) for name, kind in CONFIGS.items() if name in given}
-    kind, data = next(iter(tuned.items()), (TrainConfig, None))
+    tuned = {name: given.pop(name) for name in CONFIGS if name in given}  # options have the names of objectives
     if len(tuned) > 1:
-        (one, _), (other, value) = [(kind.objective, value) for kind, value in tuned.items()][:2]
-        raise BadInput(f"{other}: expected none with --{one}, got {value!r}; leave one of them out")
+        first, other = list(tuned)[:2]
+        raise BadInput(f"{other}: expected none with --{first}, got {tuned[other]!r}; leave one of them out")
+    (name,) = tuned or ("pretrain",)
+    kind, data = CONFIGS[name], tuned.get(name)
     if tuned and "start" not in given:
         raise BadInput("from: expected a run or model directory to begin with, got none; add --from RUN")
-    asked = f"--{kind.objective}" if tuned else "pre-training"
+    asked = f"--{name}" if tuned else "pre-training"
     allowed = {field.name for field in fields(kind)} - ({"data"} if tuned else set())
     if kind is TrainConfig and "block" not in given:
         allowed -= {"start"}

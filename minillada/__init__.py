@@ -15,13 +15,13 @@ from .model import LLaDA, ModelConfig
 from .sampler import Canvas, SampleConfig, Step, generate, stream
 from .text.tokenizer import Tokenizer
 from .train import TrainStep
-from .training.config import RewardConfig, SFTConfig, TrainConfig, VRPOConfig
+from .training.config import DistilConfig, RewardConfig, SFTConfig, TrainConfig, VRPOConfig
 from .training.run import train
 from .weights.checkpoint import load, save
 from .weights.vision import see
 
 __all__ = [
-    "BadInput", "BadLuck", "Canvas", "LLaDA", "ModelConfig", "RewardConfig", "SFTConfig", "SampleConfig", "Step",
-    "Tokenizer", "TrainConfig", "TrainStep", "VRPOConfig", "exact_bound", "generate", "load", "log_likelihood",
-    "log_likelihoods", "save", "see", "stream", "train",
+    "BadInput", "BadLuck", "Canvas", "DistilConfig", "LLaDA", "ModelConfig", "RewardConfig", "SFTConfig",
+    "SampleConfig", "Step", "Tokenizer", "TrainConfig", "TrainStep", "VRPOConfig", "exact_bound", "generate", "load",
+    "log_likelihood", "log_likelihoods", "save", "see", "stream", "train",
 ]  # fmt: skip

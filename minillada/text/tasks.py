@@ -298,7 +298,7 @@ def sudoku(rng: random.Random, test: bool, box: int) -> Iterator[Example]:
 
 def open_boards(rng: random.Random, test: bool, box: int) -> Iterator[Example]:
     """Yield a 4x4 board of which 3 to 6 cells are given -> one of the ways to fill it; any other counts as well. One
-    question in ten is held out ("clues"); so are, a kind of their own, the boards that `sudoku` holds out ("boards")."""
+    question in ten is held out ("clues"), and so are the boards that `sudoku` holds out ("boards")."""
     known, new = boards()
     while True:
         kind = rng.choice(["clues", "boards"]) if test else ""

@@ -45,9 +45,9 @@ CHECKS = (
     (check_whole, ("rollout_steps", "group", "inner"), (1,)),
     (check_whole, ("keep", "lora"), (0,)),
     (check_whole, ("seed",), (0, 2**63 - 1)),
-    (check_number, ("balance", "z_loss", "bias_rate", "sft_share", "temperature"), (0,)),
+    (check_number, ("balance", "z_loss", "bias_rate", "sft_share", "temperature", "certainty", "consistency"), (0,)),
     (check_number, ("lr", "adam_lr", "clip", "beta", "ratio_clip"), (TINY,)),
-    (check_number, ("warmup", "decay", "weight_decay", "errors", "prompt_mask"), (0, 1)),
+    (check_number, ("warmup", "decay", "weight_decay", "errors", "prompt_mask", "ema"), (0, 1)),
     (check_one_of, ("optimizer",), (("muon", "adamw"),)),
     (check_one_of, ("process",), (PROCESSES,)),
     (check_one_of, ("precision",), (("auto", "float32", "bfloat16"),)),
@@ -158,6 +158,7 @@ class TunedConfig(RunConfig):
     LLaDA's own are 2.5e-5 for SFT and, in LLaDA 1.5, 5e-7 for VRPO."""
 
     defaults: ClassVar[dict]  # the recipe without lora
+    keeps_start: ClassVar[bool] = False  # whether it needs the model that it began with for as long as it lasts
 
     data: str  # one JSONL file; of rewards, a task
     start: str  # the run or model directory to begin with
@@ -170,7 +171,7 @@ class TunedConfig(RunConfig):
         super().__post_init__()
         if not isinstance(self.data, str):
             raise BadInput(f"data: expected one JSONL file, got {self.data!r}; give the path of one")
-        if self.shard and (self.lora or self.objective == "prefer"):
+        if self.shard and (self.lora or self.keeps_start):
             raise BadInput("shard: expected False with adapters or a reference, got True; leave out shard")
 
 
@@ -191,6 +192,7 @@ class VRPOConfig(TunedConfig):
 
     objective: ClassVar[str] = "prefer"
     held_out: ClassVar[str] = "preference_loss"
+    keeps_start: ClassVar[bool] = True
     defaults: ClassVar[dict] = {"optimizer": "muon", "lr": 0.0003, "adam_lr": 0.0001, "steps": 200, "batch_size": 8}
 
     samples: int = 8  # masking levels for each bound
@@ -240,7 +242,31 @@ class RewardConfig(TunedConfig):
         return f"loss {loss:.4f}"
 
 
-KINDS = (TrainConfig, SFTConfig, VRPOConfig, RewardConfig)
+@dataclass(frozen=True, kw_only=True)
+class DistilConfig(TunedConfig):
+    """Hold a run of few-step distillation: prompts, whose answers the model itself writes, and learns to write in fewer
+    steps. Of the answers in the data only the lengths are used."""
+
+    objective: ClassVar[str] = "distil"
+    held_out: ClassVar[str] = "jump_loss"
+    keeps_start: ClassVar[bool] = True
+    defaults: ClassVar[dict] = {"optimizer": "muon", "lr": 0.003, "adam_lr": 0.001, "steps": 400, "batch_size": 64}
+
+    certainty: float = 0.0  # of the loss on the entropy of predictions that are right (dParallel: 2)
+    consistency: float = 0.0  # of the loss against the moving average of the model, nearer to the path's end
+    ema: float = 0.99  # what of that average stays in each step
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora and self.consistency:
+            raise BadInput(f"consistency: expected 0 with adapters, got {self.consistency}; leave out either")
+
+    def units(self, loss: float, characters_per_token: float = 1.0) -> str:
+        """Say what a held-out figure means, or a training loss, in nats per hole."""
+        return f"loss {loss:.4f}"
+
+
+KINDS = (TrainConfig, SFTConfig, VRPOConfig, RewardConfig, DistilConfig)
 CONFIGS: dict[str, type[RunConfig]] = {kind.objective: kind for kind in KINDS}
 
 

@@ -21,7 +21,8 @@ from ..weights.checkpoint import check, expect_tokenizer, load
 from ..weights.device import slow_experts
 from ..weights.vision import sees, with_album
 from .balance import Balanced
-from .config import RewardConfig, RunConfig, SFTConfig, TrainConfig, TunedConfig, VRPOConfig
+from .config import DistilConfig, RewardConfig, RunConfig, SFTConfig, TrainConfig, TunedConfig, VRPOConfig
+from .distil import Distil
 from .distributed import check_gpus, check_same, in_turn, load_optimizers, spread, together, world_size
 from .lora import adapt, adapters
 from .optim import choose_precision, make_optimizers, recompute
@@ -46,6 +47,7 @@ class Made(NamedTuple):
     trained: nn.Module  # what changes: the model or its adapters
     optimizers: list[Optimizer]
     rng: Generator  # of the noise
+    average: LLaDA | None = None  # of the weights, if the objective learns from it
 
 
 def make_model(config: TrainConfig, tokenizer: Tokenizer, rng: Generator) -> LLaDA:
@@ -60,8 +62,7 @@ def make_model(config: TrainConfig, tokenizer: Tokenizer, rng: Generator) -> LLa
 def read_dialogues(config: TunedConfig, newest: Path | None) -> tuple[Items, ChatTemplate, str, str | None]:
     """Return the lines of a file or a task's questions as ids, the template with its tokenizer, the directory of the
     model to begin with, and a hash of it if the run needs it while it lasts: under adapters, or as a reference."""
-    prefers = isinstance(config, VRPOConfig)
-    lasts = prefers or config.lora > 0
+    lasts = config.keeps_start or config.lora > 0
     with together():
         found = check(newest if newest and not lasts else config.start)
         base = hashlib.sha256(repr((found.entries, found.hashes)).encode()).hexdigest() if lasts else None
@@ -70,7 +71,7 @@ def read_dialogues(config: TunedConfig, newest: Path | None) -> tuple[Items, Cha
     given = config.start if newest else str(found.directory)
     if isinstance(config, RewardConfig):
         return in_turn(lambda: ask(config, template, found.config)), template, given, base
-    turns_of = compared if prefers else dialogue
+    turns_of = compared if isinstance(config, VRPOConfig) else dialogue
     vision = found.meta.embed.vision if sees(found.meta) else None
     items = in_turn(lambda: read_items(config.data, template, found.config, turns_of, vision))
     return items, template, given, base
@@ -110,7 +111,23 @@ def begin_model(config: RunConfig, tokenizer: Tokenizer, rng: Generator, newest:
     return model
 
 
-def begin_objective(config: RunConfig, text: Tokens, c: ModelConfig) -> Objective:
+def frozen(config: TunedConfig, text: Items) -> LLaDA:
+    """Return the model that a run began with, to be compared with or learned from."""
+    return with_album(load(config.start, config.device, torch.float32)[0], text.album).requires_grad_(False)
+
+
+def begin_average(config: RunConfig, text: Tokens, saved: dict) -> LLaDA | None:
+    """Return the moving average of the model, if it is learned from: the model as it began, or as a run has it."""
+    if not getattr(config, "consistency", 0):
+        return None
+    average = frozen(config, text)
+    if saved:
+        with one_line("average: expected that of this run", "use another checkpoint", Exception):
+            average.load_state_dict({name: saved[f"average.{name}"] for name in average.state_dict()})
+    return average
+
+
+def begin_objective(config: RunConfig, text: Tokens, c: ModelConfig, average: LLaDA | None = None) -> Objective:
     """Return what a config asks to learn, balanced if there are experts."""
     if isinstance(config, TrainConfig):
         objective = TextPretraining(text, config, c.mask_id, c.eos_id, c.block, c.vocab_size)
@@ -118,9 +135,10 @@ def begin_objective(config: RunConfig, text: Tokens, c: ModelConfig) -> Objectiv
         objective = SFT(text, config, c)
     elif isinstance(config, RewardConfig):
         objective = Rewards(text, config, c)
+    elif isinstance(config, DistilConfig):
+        objective = Distil(text, config, c, frozen(config, text), average)
     else:
-        whole = lambda: with_album(load(config.start, config.device, torch.float32)[0], text.album)
-        reference = None if config.lora else whole().requires_grad_(False)
+        reference = None if config.lora else frozen(config, text)
         objective = VRPO(text, config, c.mask_id, reference, block=c.block)
     return Balanced(objective, config) if c.n_expert else objective
 
@@ -152,7 +170,8 @@ def make(config: RunConfig, newest: Path | None = None, saved: dict | None = Non
         if saved:
             check_beginning(saved, text, base, config)
         model = with_album(begin_model(config, saves, rng, newest, saved), getattr(text, "album", ()))
-        objective = begin_objective(config, text, model.config)
+        average = begin_average(config, text, saved)
+        objective = begin_objective(config, text, model.config, average)
     trained = adapters(model) if getattr(config, "lora", 0) else model
     called = spread(recompute(model) if config.recompute else model, config)
     optimizers = make_optimizers(model, config)
@@ -165,4 +184,4 @@ def make(config: RunConfig, newest: Path | None = None, saved: dict | None = Non
     if getattr(config, "algorithm", "rejection") != "rejection":
         notices.append(f"algorithm {config.algorithm}: {RISK}")
     notices += slow_experts(model.config, config.device, getattr(torch, precision))
-    return Made(config, notices, text, saves, guide, base, objective, model, called, trained, optimizers, rng)
+    return Made(config, notices, text, saves, guide, base, objective, model, called, trained, optimizers, rng, average)

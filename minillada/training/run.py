@@ -140,6 +140,7 @@ def write(run: Run, made: Made, step: RunStep, saving: bool, best: tuple[float, 
             "step": step.step, "seconds": step.seconds, "best": best if best[1] else None, "undone": undone,
             **optimizer_state(made.optimizers), **rng_state(data=made.rng),
             **{f"adapters.{name}": tensor for name, tensor in made.trained.state_dict().items() if lora},
+            **{f"average.{name}": tensor for name, tensor in (made.average or nn.Module()).state_dict().items()},
         }  # fmt: skip
     with together():
         run.log(step.record())
