@@ -61,10 +61,11 @@ def test_tensorboard_gets_every_number_and_the_loss_by_level(made, tmp_path):
     assert [name for name, *_ in writer.calls][-1] == "flush" and len(writer.told("flush")) == 1
 
 
-def test_an_evaluation_of_preferences_is_flushed_too(made, tmp_path):
+@pytest.mark.parametrize("name", ["preference_loss", "jump_loss", "wrong"])
+def test_an_evaluation_of_other_objectives_is_flushed_too(made, tmp_path, name):
     log = loggers.make("tensorboard", tmp_path, {})
     for loss in (None, 0.5):
-        log({"step": 1, "loss": 2.5, "preference_loss": loss})
+        log({"step": 1, "loss": 2.5, name: loss})
     assert len(made[0].told("flush")) == 1
 
 

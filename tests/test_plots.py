@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from minillada.show.plots import draw_levels, draw_steps, loss_curve
+from minillada.show.plots import HELD_OUT, draw_levels, draw_steps, loss_curve
+from minillada.training.config import CONFIGS
 
 matplotlib_figure = pytest.importorskip("matplotlib.figure")
 
@@ -40,13 +41,14 @@ def test_losses_are_drawn_per_character_and_bounds_as_they_are():
     assert "nats per character" in axes.get_ylabel() and axes.get_ylim()[0] == 0
 
 
-def test_losses_of_preferences_are_drawn_as_they_are_beside_the_held_out_one():
-    records = [record(1, 0.9) | {"preference_loss": None}, record(2, 0.8) | {"preference_loss": 0.5}]
+@pytest.mark.parametrize("name", [kind.held_out for kind in CONFIGS.values() if kind.held_out != "bound"])
+def test_losses_of_other_objectives_are_drawn_as_they_are_beside_the_held_out_figure(name):
+    records = [record(1, 0.9) | {name: None}, record(2, 0.8) | {name: 0.5}]
     for r in records:
         del r["bound"]
     lines, axes = drawn(draw_steps, records)
     assert lines == {"training": [(1, 0.9), (2, 0.8)], "validation": [(2, 0.5)]}
-    assert "preference loss" in axes.get_ylabel() and "nats per character" not in axes.get_ylabel()
+    assert HELD_OUT[name] in axes.get_ylabel() and "nats per character" not in axes.get_ylabel()
 
 
 def test_the_running_mean_is_of_the_steps_that_its_label_says():

@@ -4,6 +4,14 @@ import json
 from pathlib import Path
 from statistics import fmean
 
+# The held-out figures of objectives by their names in the log, and what they are.
+HELD_OUT = {
+    "bound": "bound",
+    "preference_loss": "preference loss",
+    "jump_loss": "jump loss",
+    "wrong": "share of wrong answers",
+}
+
 
 def loss_curve(run: Path) -> Path | None:
     """Draw RUN/log.jsonl as RUN/loss.png and return its path; None where matplotlib is not installed. Left, the loss
@@ -29,12 +37,12 @@ def loss_curve(run: Path) -> Path | None:
 
 def draw_steps(axes, records: list[dict]) -> None:
     """Draw every step's loss that is finite, its running mean, and the held-out figure where there is one. Losses in
-    nats per token become nats per character; those of VRPO stay as they are."""
-    prefers = any("preference_loss" in r for r in records)
-    held_out = "preference_loss" if prefers else "bound"
+    nats per token become nats per character; those of other objectives stay as they are."""
+    held_out = next((name for name in HELD_OUT if any(name in r for r in records)), "bound")
+    is_bound = held_out == "bound"
     finite = [r for r in records if r["loss"] is not None]
     steps = [r["step"] for r in finite]
-    losses = [r["loss"] / (1.0 if prefers else r["characters_per_token"]) for r in finite]
+    losses = [r["loss"] / (r["characters_per_token"] if is_bound else 1.0) for r in finite]
     bounds = [(r["step"], r[held_out]) for r in records if r[held_out] is not None]
     width = max(1, len(losses) // 50)
     smooth = [fmean(losses[max(0, i - width + 1) : i + 1]) for i in range(len(losses))]
@@ -44,7 +52,8 @@ def draw_steps(axes, records: list[dict]) -> None:
     axes.plot(*zip(*bounds, strict=True) if bounds else ((), ()), "o-", color="tab:orange", ms=4, label="validation")
     top = min(1.05 * max(losses), 2.5 * smooth[-1]) if losses else 0
     axes.set_ylim(0, top or 1)
-    height = "training: loss; validation: preference loss" if prefers else "upper bound of −log p, nats per character"
+    other = f"training: loss; validation: {HELD_OUT[held_out]}"
+    height = "upper bound of −log p, nats per character" if is_bound else other
     axes.set(xlabel="step", ylabel=height)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import BadInput, check_one_of
+from .config import CONFIGS
 
 Log = Callable[[dict], None]
 
@@ -32,7 +33,7 @@ def tensorboard(directory: Path, config: dict) -> Log:
             writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
         for name, value in scalars(record):
             writer.add_scalar(name, value, record["step"])
-        if record.get("bound", record.get("preference_loss")) is not None:
+        if any(record.get(kind.held_out) is not None for kind in CONFIGS.values()):
             writer.flush()
 
     return log
