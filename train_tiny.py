@@ -51,6 +51,7 @@ def options() -> Parser:
     p.add_argument(
         "--block", type=int, metavar="N", help="write in blocks of N tokens (docs/blocks.md); 1: autoregression"
     )
+    p.add_argument("--twin", type=float, metavar="SHARE", help="of the training, from left to right (default: 0.2)")
     p.add_argument("--rows", help="windows of the whole text (default), or documents: one in each row, with its end")
     p.add_argument("--optimizer", help="of the matrices: muon (default) or adamw")
     p.add_argument("--lr", type=float, help="its learning rate")

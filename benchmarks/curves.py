@@ -25,13 +25,14 @@ from torch import Generator, Tensor
 
 from minillada.diffusion import Noised, random_length, sample_t
 from minillada.model import LLaDA
+from minillada.text.ids import validation_batch
 from minillada.train import Ways, learn
 from minillada.training.config import TrainConfig
 from minillada.training.making import Made, make
 from minillada.training.pretraining import TextPretraining
 
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
-PLAIN = {"optimizer": "adamw", "process": "bernoulli", "precision": "float32"}
+PLAIN = {"optimizer": "adamw", "process": "bernoulli", "precision": "float32", "twin": 0.0, "t_min": 0.0}
 
 
 def clock() -> float:
@@ -64,15 +65,16 @@ def follow(made: Made, evaluations: int = 25) -> Iterator[tuple[float, float, in
 
 
 def measure(
-    name: str, config: TrainConfig, stratified: bool = True, begin: Callable[[LLaDA], None] | None = None
-) -> dict:
+    name: str, config: TrainConfig, objective: type[TextPretraining] = TextPretraining,
+    begin: Callable[[LLaDA], None] | None = None,
+) -> dict:  # fmt: skip
     """One run: its last and its best bound, its size and speed, and the curve [[seconds, bound, step], ...].
 
-    begin: what to do to the model before it learns.
+    objective: what it learns by, if not that of every run; begin: what to do to the model before it learns.
     """
     made = make(config)
-    if not stratified:
-        made = made._replace(objective=Independent(made.text, made.config, made.model.config.mask_id))
+    if objective is not TextPretraining:
+        made = made._replace(objective=objective(made.text, made.config, made.model.config.mask_id))
     if begin:
         begin(made.model)
     curve = [[round(seconds, 2), round(bound, 4), step] for seconds, bound, step in follow(made)]
@@ -81,6 +83,9 @@ def measure(
     print(f"{name}: <= {bound:.4f} nats per character, {step:,} steps, {speed:,} tokens/s", flush=True)
     found = {"bound": bound, "best": min(bound for _, bound, _ in curve), "precision": made.config.precision}
     found |= {"parameters": made.model.n_parameters(), "steps": step, "tokens_per_second": speed}
+    if config.rows == "windows":
+        made.objective.held = validation_batch(made.text.train, 128, config.length)
+        found["on_training_text"] = round(made.objective.validate(made.model)["bound"], 4)
     return found | {"curve": curve}
 
 
@@ -140,14 +145,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     common = {"data": args.corpus, "preset": args.preset, "tokenizer": args.tokenizer, "length": args.length}
-    runs = {f"default, {minutes:g} min": (TrainConfig(**common, minutes=minutes), True) for minutes in args.ours}
+    runs = {
+        f"default, {minutes:g} min": (TrainConfig(**common, minutes=minutes), TextPretraining) for minutes in args.ours
+    }
     for lr in args.rates:
         config = TrainConfig(**common, **PLAIN, minutes=args.minutes, lr=lr, adam_lr=lr)
-        runs[f"plain at {lr:g}, {args.minutes:g} min"] = config, False
+        runs[f"plain at {lr:g}, {args.minutes:g} min"] = config, Independent
     args.out = args.out or Path(f"curves-{Path(args.corpus).stem}.json")
     results, target = read(args.out), None
-    for name, (config, stratified) in runs.items():
-        results[name] = results.get(name) or measure(name, config, stratified)
+    for name, (config, objective) in runs.items():
+        results[name] = results.get(name) or measure(name, config, objective)
         target = min((r["bound"] for n, r in results.items() if n.startswith("plain")), default=None)
         write(results, args.out, corpus=Path(args.corpus).name, target=target)
         draw(results, args.out.with_suffix(".png"), target)

@@ -49,7 +49,7 @@ def peak() -> int:
 def measure(changes: dict) -> dict:
     """Bytes of one configuration: to be called in a fresh process."""
     torch.set_num_threads(1)
-    changes = {"batch_size": 4, "length": 256, "precision": "float32"} | changes
+    changes = {"batch_size": 4, "length": 256, "precision": "float32", "twin": 0.0} | changes
     n_layer = changes.pop("n_layer", None)
     config = TrainConfig(preset="small", **changes)
     if n_layer:

@@ -93,7 +93,7 @@ def training(precision: str, seconds: float) -> dict[str, float]:
     """Tokens per second of optimiser steps on random ids; the median step counts."""
     contestants, batch = {}, {}
     for preset in ("tiny", "tiny-moe"):
-        config = TrainConfig(preset=preset, precision=precision)
+        config = TrainConfig(preset=preset, precision=precision, twin=0.0)
         model = LLaDA(ModelConfig(vocab_size=4096, mask_id=0, **PRESETS[preset]["model"]))
         ids = np.random.default_rng(0).integers(1, 4096, 100_000).astype(np.uint16)
         objective = Balanced(TextPretraining(Tokens(ids, ids, 1.0, 1.0, ""), config, 0), config)

@@ -3,22 +3,34 @@
     python benchmarks/recipes.py --minutes 3            all of them: about 4 minutes each, on an otherwise idle machine
     python benchmarks/recipes.py --only default adamw   some of them
     python benchmarks/recipes.py --details --minutes 1 --threads 1      what is smaller: twenty minutes of a processor
+    python benchmarks/recipes.py --search --steps 400 --threads 1       what was tried on the way to the default
+    python benchmarks/recipes.py --table                                the last, from docs/recipe_search.json
 
-Writes docs/recipes.json and docs/recipes.png; details are printed only. The bound is in nats per character of the
-validation text, whatever the tokens are. With one thread, time is the processor's.
+Writes docs/recipes.json and docs/recipes.png; details are printed only; the search goes to docs/recipe_search.json.
+The bound is in nats per character of the validation text, whatever the tokens are. With one thread, time is the
+processor's.
 """
 
 import argparse
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from curves import draw, measure, read, write
-from torch import nn
+import torch.nn.functional as F
+from curves import Independent, draw, measure, read, write
+from torch import Generator, Tensor, nn
 
+from minillada.diffusion import Noised, exact_count, sample_t
+from minillada.files import write_json
+from minillada.measure.blocks import beside
+from minillada.measure.twin import causal
 from minillada.model import LLaDA
 from minillada.training.config import PRESETS, TrainConfig
+from minillada.training.pretraining import TextPretraining
 
 DOCS = Path(__file__).parents[1] / "docs"
+SEARCHED = DOCS / "recipe_search.json"
 TINY = PRESETS["tiny"]["model"]
 W192 = {"model": {**TINY, "d_model": 192, "d_ff": 512, "n_head": 3}}
 
@@ -47,7 +59,7 @@ def plainly(model: LLaDA) -> None:
             nn.init.normal_(p, std=0.02, generator=rng)
 
 
-DETAILS: dict[str, dict] = {  # the same; `stratified` and `begin` are of curves.measure
+DETAILS: dict[str, dict] = {  # the same; `objective` and `begin` are of curves.measure
     "default": {},
     "another seed": {"seed": 1},
     "head tied to the embedding": {"model": {**TINY, "tie_head": True}},
@@ -62,9 +74,147 @@ DETAILS: dict[str, dict] = {  # the same; `stratified` and `begin` are of curves
     "the rate falls in the last tenth": {"decay": 0.1},
     "no clipping": {"clip": 1e6},
     "no weight decay": {"weight_decay": 0.0},
-    "independent masking levels": {"stratified": False},
+    "independent masking levels": {"objective": Independent},
     "Bernoulli masks, weight 1/t": {"process": "bernoulli"},
 }
+
+
+def zero_outputs(model: LLaDA) -> None:
+    """Begin with layers that add nothing to the stream."""
+    for name, p in model.named_parameters():
+        if name.endswith(("attn.o.weight", "down.weight")):
+            nn.init.zeros_(p)
+
+
+def soft_cap(model: LLaDA) -> None:
+    """Keep logits between -15 and 15, as Gemma 2 does. The official code cannot read such a model."""
+    model.head.register_forward_hook(lambda head, x, logits: 15 * (logits / 15).tanh())
+
+
+def squared_relu(model: LLaDA) -> None:
+    """Square a ReLU in place of SwiGLU. The official code cannot read such a model."""
+    for layer in model.layers:
+        layer.ffn.up.requires_grad_(False)
+        layer.ffn.forward = lambda x, mlp=layer.ffn: mlp.down(F.relu(mlp.gate(x)).square())
+
+
+def drop_embedding(model: LLaDA) -> None:
+    """Leave out a tenth of what embeds a token, in training."""
+    model.embed.register_forward_hook(lambda embed, tokens, x: F.dropout(x, 0.1, torch.is_grad_enabled()))
+
+
+def drop_outputs(model: LLaDA) -> None:
+    """Leave out a tenth of what attention and feed-forwards return, in training."""
+    for part in (part for layer in model.layers for part in (layer.attn, layer.ffn)):
+        part.register_forward_hook(lambda part, x, y: F.dropout(y, 0.1, torch.is_grad_enabled()))
+
+
+class Complementary(TextPretraining):
+    """Hide half of the rows of a batch twice: a share of 0.1 to 0.9 of the tokens, and then all the others."""
+
+    def noise(self, x0: Tensor, rng: Generator) -> tuple[Tensor, Noised]:
+        half, t = x0[: len(x0) // 2], 0.1 + 0.8 * sample_t(len(x0) // 2, rng)
+        hidden = exact_count(half, self.mask_id, t, rng).masked
+        x0, masked = half.repeat(2, 1), torch.cat([hidden, ~hidden])
+        return x0, Noised(x0.masked_fill(masked, self.mask_id), masked, x0.shape[1] / masked.sum(1))
+
+
+class Curriculum(TextPretraining):
+    """Hide at most 0.3 of a row at first, and up to all of it from half of the training on."""
+
+    def noise(self, x0: Tensor, rng: Generator) -> tuple[Tensor, Noised]:
+        return x0, exact_count(x0, self.mask_id, min(1.0, 0.3 + 1.4 * self.progress) * sample_t(len(x0), rng), rng)
+
+
+class Short(TextPretraining):
+    """Cut rows in halves in the first half of the training."""
+
+    def losses(self, model: nn.Module, batch: Tensor, rng: Generator) -> Iterator[Tensor]:
+        return super().losses(model, batch.reshape(-1, batch.shape[1] // (1 + (self.progress < 0.5))), rng)
+
+
+class First(TextPretraining):
+    """Begin with another loss, for as long as a training would begin as the twin."""
+
+    def first_loss(self, model: nn.Module, x0: Tensor, rng: Generator) -> Tensor:
+        raise NotImplementedError
+
+    def losses(self, model: nn.Module, batch: Tensor, rng: Generator) -> Iterator[Tensor]:
+        first = self.progress < self.config.twin
+        return iter([self.first_loss(model, batch, rng)]) if first else super().losses(model, batch, rng)
+
+
+class BothWays(First):
+    """Begin from left to right in half of the rows, and from right to left in the others."""
+
+    def first_loss(self, model: nn.Module, x0: Tensor, rng: Generator) -> Tensor:
+        (ahead, back), length = x0.chunk(2), x0.shape[1]
+        seen = [F.pad(ahead[:, :-1], (1, 0), value=self.mask_id), F.pad(back[:, 1:], (0, 1), value=self.mask_id)]
+        looks = [
+            look.expand(len(rows), 1, -1, -1) for look, rows in ((causal(length), ahead), (causal(length).T, back))
+        ]
+        return F.cross_entropy(model(torch.cat(seen), torch.cat(looks)).transpose(1, 2), x0)
+
+
+class AnyOrder(First):
+    """Begin with one token after the other in a random order, each seeing those before it alone, as XLNet does."""
+
+    def first_loss(self, model: nn.Module, x0: Tensor, rng: Generator) -> Tensor:
+        length = x0.shape[1]
+        order = torch.randperm(length, generator=rng)  # the rank of each place
+        both = torch.cat([order, order + length])
+        look = beside(length, 1)[both][:, both].expand(len(x0), 1, -1, -1)
+        x, places = torch.cat([torch.full_like(x0, self.mask_id), x0], 1), torch.ones_like(x0).nonzero().unbind(1)
+        logits = model(x, attn_mask=look, positions=torch.arange(length).repeat(2), where=places)
+        return F.cross_entropy(logits, x0.flatten())
+
+
+BEFORE = {"twin": 0.0, "t_min": 0.0}  # the recipe until November 2026
+SEARCH: dict[str, dict] = {  # the same; `objective` and `begin` are of curves.measure
+    "before": BEFORE,
+    "before, outputs begin at zero": {**BEFORE, "begin": zero_outputs},
+    "before, rate 0.02": {**BEFORE, "lr": 0.02},
+    "before, levels above 0.1": {**BEFORE, "t_min": 0.1},
+    "before, a fifth from left to right": {**BEFORE, "twin": 0.2},
+    "before, a third from left to right": {**BEFORE, "twin": 0.33},
+    "before, half from left to right": {**BEFORE, "twin": 0.5},
+    "before, a third from both sides": {**BEFORE, "twin": 0.33, "objective": BothWays},
+    "before, a fifth in a random order": {**BEFORE, "twin": 0.2, "objective": AnyOrder},
+    "a third from left to right, levels above 0.1": {"twin": 0.33, "t_min": 0.1},
+    "a tenth from left to right, levels above 0.1": {"twin": 0.1, "t_min": 0.1},
+    "levels above 0.1, rate 0.02": {"t_min": 0.1, "lr": 0.02},
+    "levels above 0.1, 4 heads": {"t_min": 0.1, "model": {**TINY, "n_head": 4}},
+    "the default": {},
+    "levels above 0.3": {"t_min": 0.3},
+    "complementary masks": {"objective": Complementary},
+    "outputs begin at zero": {"begin": zero_outputs},
+    "norms of queries and keys": {"model": {**TINY, "qk_norm": True}},
+    "squared ReLU": {"begin": squared_relu, "model": {**TINY, "d_ff": 528}},
+    "few masks first": {"objective": Curriculum},
+    "soft cap of logits": {"begin": soft_cap},
+    "tied head": {"model": {**TINY, "tie_head": True}},
+    "short rows first": {"objective": Short},
+    "16 rows a step": {"batch_size": 16},
+    "embedding dropout 0.1": {"begin": drop_embedding},
+    "dropout 0.1": {"begin": drop_outputs},
+    "rate 0.02": {"lr": 0.02},
+}
+
+
+def table(rows: list[dict]) -> Iterator[str]:
+    """Yield what was found as the lines of a Markdown table, by the length of the training and the bound."""
+    yield "| What differs | Trained for | Seeds | Steps | Bound, nats/char | Of the training text |"
+    yield "|---" * 6 + "|"
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["trained"], row["name"]), []).append(row)
+    mean = lambda group, key: sum(row[key] for row in group) / len(group)
+    for (trained, name), group in sorted(groups.items(), key=lambda item: (item[0][0], mean(item[1], "bound"))):
+        bound = f"{mean(group, 'bound'):.3f}"
+        if len(group) > 1:
+            bound += " (" + ", ".join(f"{row['bound']:.3f}" for row in group) + ")"
+        steps, seen = mean(group, "steps"), mean(group, "on_training_text")
+        yield f"| {name} | {trained} | {len(group)} | {steps:,.0f} | {bound} | {seen:.3f} |"
 
 
 def main() -> None:
@@ -72,18 +222,34 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--only", nargs="+", metavar="RECIPE", help=f"of {', '.join(RECIPES)}; of the details: by name")
     parser.add_argument("--details", action="store_true", help="what makes less of a difference")
+    parser.add_argument("--search", action="store_true", help="what was tried on the way to the default")
+    parser.add_argument("--table", action="store_true", help="print what the search has found, and train nothing")
+    parser.add_argument("--steps", type=int, help="in place of minutes")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    recipes, file = DETAILS if args.details else RECIPES, DOCS / "recipes.json"
+    found_before = json.loads(SEARCHED.read_text()) if SEARCHED.exists() else []
+    if args.table:
+        print("\n".join(table(found_before)))
+        return
+    recipes = SEARCH if args.search else DETAILS if args.details else RECIPES
+    limit = {"steps": args.steps} if args.steps else {"minutes": args.minutes}
+    file = DOCS / "recipes.json"
     if strange := set(args.only or ()) - set(recipes):
         parser.error(f"only: expected {', '.join(recipes)}, got {', '.join(sorted(strange))}")
     for name in args.only or recipes:
         changes = dict(recipes[name])
-        how = {key: changes.pop(key) for key in ("stratified", "begin") if key in changes}
-        config = TrainConfig(**{"precision": "bfloat16", **changes}, minutes=args.minutes)
+        how = {key: changes.pop(key) for key in ("objective", "begin") if key in changes}
+        precision = "auto" if args.search else "bfloat16"
+        config = TrainConfig(**{"precision": precision, "seed": args.seed, **changes, **limit})
         found = measure(name, config, **how)
-        if not args.details:
+        if args.search:
+            trained = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes"
+            row = {"name": name, "trained": trained, "seed": args.seed}
+            found_before.append(row | {key: found[key] for key in ("steps", "bound", "on_training_text", "precision")})
+            write_json(SEARCHED, found_before)
+        elif not args.details:
             results = read(file) | {name: found | {"changes": changes}}
             write(results, file, minutes=args.minutes)
             draw(results, DOCS / "recipes.png")

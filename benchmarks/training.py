@@ -65,7 +65,7 @@ def one_by_one(model: LLaDA, config: TrainConfig) -> list[Optimizer]:
 
 def ours(config: TrainConfig, vocab_size: int, make: Callable = make_optimizers) -> tuple[Step, Step, str, int]:
     """Return a step as `train` takes it, its forward and backward alone, the precision it chose, its parameters."""
-    rng, config = Generator().manual_seed(0), replace(config, precision=choose_precision(config)[0])
+    rng, config = Generator().manual_seed(0), replace(config, precision=choose_precision(config)[0], twin=0.0)
     ids = np.random.default_rng(0).integers(4, vocab_size, 100_000).astype(np.uint16)  # speed is the same for any text
     model = LLaDA(ModelConfig(vocab_size=vocab_size, mask_id=0, max_len=config.length, **config.model))
     called = spread(model, config)  # compiled, if the config says so

@@ -2,6 +2,7 @@
 
     python benchmarks/versus.py text --corpus shakespeare --minutes 30     bits per character of held-out text
     python benchmarks/versus.py scaling --corpus shakespeare --minutes 1.25 2.5 5     the same by compute, three sizes
+    python benchmarks/versus.py gap --corpus shakespeare --minutes 5       what the difference on a text is made of
     python benchmarks/versus.py tales          nats per character of a grammar whose entropy is known
     python benchmarks/versus.py reversal       facts told in one direction, asked in both
     python benchmarks/versus.py sudoku         boards solved in several orders
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from curves import clock
 from likelihood import ESTIMATORS, estimates
 from likelihood import SIZES as SAMPLES
@@ -35,7 +35,7 @@ from minillada.errors import BadInput, check_number, check_one_of, check_whole
 from minillada.files import write_json
 from minillada.measure.evaluate import answer_length, mean_of, measure_task
 from minillada.measure.likelihood import Pair, exact_bound, log_likelihoods, strides
-from minillada.measure.twin import causal, twin_generate, twin_log_likelihoods
+from minillada.measure.twin import causal, shifted, twin_generate, twin_log_likelihoods
 from minillada.model import LLaDA
 from minillada.sampler import SampleConfig
 from minillada.text.corpora import cache_dir, make_tokenizer
@@ -47,6 +47,7 @@ from minillada.train import Ways, learn
 from minillada.training.config import PRESETS, TrainConfig
 from minillada.training.making import make_model
 from minillada.training.optim import choose_precision, evaluation, make_optimizers
+from minillada.training.pretraining import above
 from minillada.training.sft import stack
 from minillada.weights.checkpoint import load, save
 
@@ -69,15 +70,14 @@ class Causal(nn.Module):
         return self.model(x, causal(x.shape[1], x.device), where=where)
 
 
-def hide(x0: Tensor, mask_id: int, rng: Generator, maskable: Tensor | None = None) -> Noised:
+def hide(x0: Tensor, mask_id: int, rng: Generator, maskable: Tensor | None = None, t_min: float = 0.0) -> Noised:
     """Diffusion: a random number of tokens is masked, and they are predicted from the others."""
-    return exact_count(x0, mask_id, sample_t(len(x0), rng), rng, maskable)
+    return above(t_min, exact_count)(x0, mask_id, sample_t(len(x0), rng), rng, maskable)
 
 
-def shift(x0: Tensor, mask_id: int, rng: Generator, maskable: Tensor | None = None) -> Noised:
+def shift(x0: Tensor, mask_id: int, rng: Generator, maskable: Tensor | None = None, t_min: float = 0.0) -> Noised:
     """Autoregression in the same terms: every token is asked for in the place of the one before it, and counts once."""
-    asked = torch.ones_like(x0, dtype=torch.bool) if maskable is None else maskable
-    return Noised(F.pad(x0[:, :-1], (1, 0), value=mask_id), asked, torch.ones(len(x0)))
+    return shifted(x0, mask_id, maskable)
 
 
 def bound(model: LLaDA, pairs: Sequence[Pair], samples: int) -> tuple[Tensor, Tensor]:
@@ -112,8 +112,9 @@ class Learning:
     def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor | None], rng: Generator) -> Iterator[Tensor]:
         x0, maskable = batch
         self.numbers = {"tokens": x0.numel()}
+        way = WAYS["twin"] if self.progress < self.config.twin else self.way
         with evaluation(self.config):
-            yield pretraining_loss(model, x0, self.way.noise(x0, self.mask_id, rng, maskable))
+            yield pretraining_loss(way.called(model), x0, way.noise(x0, self.mask_id, rng, maskable, self.config.t_min))
 
 
 def train(model: LLaDA, way: Way, rows: Rows, config: TrainConfig, look: Callable[[], float] | None = None) -> dict:
@@ -123,7 +124,7 @@ def train(model: LLaDA, way: Way, rows: Rows, config: TrainConfig, look: Callabl
     ways = Ways(progress=lambda step: part(step - 1))
     objective, rng = Learning(way, rows, model.config.mask_id, config), Generator().manual_seed(config.seed)
     start = clock()
-    for done in learn(way.called(model), make_optimizers(model, config), objective, config, rng, ways=ways):
+    for done in learn(model, make_optimizers(model, config), objective, config, rng, ways=ways):
         seconds, tokens = seconds + clock() - start, tokens + done.numbers["tokens"]
         if look and part(done.step) * LOOKS >= len(curve) + 1:
             curve.append([round(seconds, 2), done.step, round(look(), 4)])
@@ -229,13 +230,14 @@ def learn_text(args: Namespace, text: Text, way: str, rate: float = 1.0, curve: 
     """A model of the text, its bits, and the record of its training, with the bits on the way there if so asked."""
     config = replace(text.config, **changes)
     config = replace(config, lr=rate * config.lr, adam_lr=rate * config.adam_lr)
+    way, _, kind = way.partition(", ")
     long = (f"{config.minutes:g}min" if config.minutes else f"{config.steps}steps") + f"-rate{rate:g}" * (rate != 1)
-    name = f"{args.what}-{Path(args.corpus).stem}-{way}-{config.model['d_model']}-{long}"
+    name = f"{args.what}-{Path(args.corpus).stem}-{way}{kind}-{config.model['d_model']}-{long}"
     look = (lambda way, model: bits(way, model, text, 2, 64)[0]) if curve else None
     model, record = learned(args.out, name, way, text.tokenizer, lambda: text_rows(text), config, look)
     value, error = bits(way, model, text, args.samples)
     print(f"{name}: {'<= ' * (way == 'diffusion')}{value:.4f} ± {error:.4f} bits per character", flush=True)
-    return {"way": way, "rate": rate, "bits": value, "standard_error": error, **record}
+    return {"model": name, "way": way, "rate": rate, "bits": value, "standard_error": error, **record}
 
 
 def measure_text(args: Namespace) -> None:
@@ -259,6 +261,83 @@ def measure_text(args: Namespace) -> None:
             axes.plot([s / 60 for s in seconds], values, dash, color=COLOURS[r["way"]], alpha=shade,
                       label=f"{name}: {sign}")  # fmt: skip
         axes.set_ylim(top=max(r["curve"][len(r["curve"]) // 8][2] for r in runs.values()))
+
+
+# ---- what the gap is made of
+
+DRAWN = 8  # random orders of each window
+# way -> what differs from the default recipe; what stands behind the comma only gives the model a name
+LEARNED = {"twin": {}, "diffusion, before": {"twin": 0.0, "t_min": 0.0}, "diffusion": {}}
+
+
+@torch.no_grad()
+def in_order(model: LLaDA, x0: Tensor, given: int, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """-log p of x0 (B,T) behind the first `given` tokens, (B,) nats, if they are written one at a time: next the hole
+    of the highest score(log p (B,W,V)) -> (B,W). Exact for every order that looks at what is written alone."""
+    x, rows, hole = x0.clone(), torch.arange(len(x0)), torch.ones_like(x0[:, given:], dtype=torch.bool)
+    x[:, given:], nats = model.config.mask_id, torch.zeros(len(x0))
+    columns = torch.arange(given, x0.shape[1]).repeat(len(x0))
+    for _ in range(hole.shape[1]):
+        log_p = model(x, where=(rows.repeat_interleave(hole.shape[1]), columns)).log_softmax(-1).view(*hole.shape, -1)
+        place = score(log_p).masked_fill(~hole, -torch.inf).argmax(1)
+        true = x0[rows, given + place]
+        nats -= log_p[rows, place, true]
+        hole[rows, place], x[rows, given + place] = False, true
+    return nats
+
+
+def by_blocks(shape: tuple[int, int], block: int, rng: Generator) -> Callable[[Tensor], Tensor]:
+    """From left to right by blocks, and in a random order inside a block; with one token in a block, left to right."""
+    score = torch.rand(shape, generator=rng) - torch.arange(shape[1]) // block
+    return lambda log_p: score
+
+
+def measure_orders(model: LLaDA, x0: Tensor, given: int, characters: float) -> dict[str, list[float]]:
+    """Bits per character of each window's last tokens, by the order in which they are written."""
+    shape, rng = (len(x0), x0.shape[1] - given), Generator().manual_seed(0)
+    run = lambda score: in_order(model, x0, given, score)
+    drawn = {block: torch.stack([run(by_blocks(shape, block, rng)) for _ in range(n)])
+             for block, n in ((1, 1), (4, 4), (16, 4), (shape[1], DRAWN))}  # fmt: skip
+    found = {f"blocks of {block}": nats.mean(0) for block, nats in drawn.items()}
+    random = drawn[shape[1]]  # (orders, windows)
+    found["mixture of random orders"] = math.log(len(random)) - (-random).logsumexp(0)
+    found["surest first"] = run(lambda log_p: log_p.amax(-1))
+    found["right to left"] = run(lambda log_p: torch.arange(shape[1]).expand(shape).float())
+    return {order: [round(x, 4) for x in (nats / math.log(2) / characters).tolist()] for order, nats in found.items()}
+
+
+def measure_gap(args: Namespace) -> None:
+    """The same windows of held-out text, by recipe and by the order in which the trained models write."""
+    text, minutes = read_text(args), (args.minutes or [5.0])[0]
+    windows = torch.tensor([part for _, part in text.held_out if len(part) == text.config.length])
+    x0 = windows[:: max(1, len(windows) // 32)][:32]
+    given, size = 3 * x0.shape[1] // 4, x0.shape[1] - 3 * x0.shape[1] // 4
+    characters = size * text.tokens.characters_per_token
+    bars, runs = {}, {}
+    for name, changes in LEARNED.items():
+        runs[name] = learn_text(args, text, name, curve=False, minutes=minutes, **changes)
+        model = load(args.out / runs[name]["model"])[0]
+        if name == "twin":
+            pairs = [(row[:given], row[given:]) for row in x0.tolist()]
+            nats = -twin_log_likelihoods(model, pairs)
+            bars["twin"] = {"left to right": (nats / math.log(2) / characters).tolist()}
+        else:
+            bars[name] = measure_orders(model, x0, given, characters)
+    named = {"blocks of 1": "left to right", f"blocks of {size}": "random order: the bound"}
+    bars = {name: {named.get(order, order): bits for order, bits in found.items()} for name, found in bars.items()}
+    about = {"corpus": Path(args.corpus).stem, "minutes": minutes, "windows": len(x0), "given": given, "measured": size}
+    store(args, "gap", {**about, "runs": runs, "bits": bars})
+    twin = torch.tensor(bars["twin"]["left to right"])
+    print("\n| model | order | bits per character | more than the twin |\n|---|---|---|---|")
+    with picture(args, "gap", "bits per character", "") as axes:
+        for name, found in bars.items():
+            labels = [f"{name}: {order}" for order in found]
+            means = [torch.tensor(bits).mean().item() for bits in found.values()]
+            errors = [((more := torch.tensor(bits) - twin).std() / len(more) ** 0.5).item() for bits in found.values()]
+            for order, mean, error in zip(found, means, errors, strict=True):
+                print(f"| {name} | {order} | {mean:.3f} | {mean - twin.mean():.3f} ± {error:.3f} |")
+            axes.barh(labels, means, xerr=errors, label=name, color="tab:gray" if "before" in name else COLOURS[name])
+        axes.invert_yaxis()
 
 
 # ---- compute
@@ -528,6 +607,7 @@ def main() -> None:
 
 EXPERIMENTS: dict[str, Callable[[Namespace], None]] = {
     "text": measure_text,
+    "gap": measure_gap,
     "scaling": measure_scaling,
     "tales": measure_tales,
     "reversal": measure_reversal,

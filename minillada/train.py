@@ -46,6 +46,7 @@ class Objective(Protocol):
     """Say what is learned."""
 
     numbers: dict  # what the last batch has to tell a log; {} if nothing
+    progress: float  # of the training, from 0 to 1; `learn` sets it before the losses of a batch
 
     def batches(self, start: int) -> Iterator[Any]: ...  # from number start on; number n depends on seed and n alone
     def losses(self, model: nn.Module, batch: Any, rng: Generator) -> Iterator[Tensor]: ...  # scalars; their sum counts
@@ -104,14 +105,13 @@ def learn(
     model: nn.Module, optimizers: Sequence[Optimizer], objective: Objective, config: LearnConfig, rng: Generator,
     start: int = 0, ways: Ways = Ways(),  # noqa: B008 (it cannot change)
 ) -> Iterator[TrainStep]:  # fmt: skip
-    """Yield each optimiser step, from number start + 1 on. model is what is called: compiled or wrapped, if need be.
-
-    A step whose loss or gradient is not finite changes nothing. Between two steps the caller may do as it likes:
-    validate, save, put weights back, or lower a group's "initial_lr", which is its full rate.
-    """
+    """Yield each optimiser step, from number start + 1 on. model is what is called: compiled or wrapped, if need be. A
+    step whose loss or gradient is not finite changes nothing. Between two steps the caller may do as it likes:
+    validate, save, put weights back, or lower a group's "initial_lr", which is its full rate."""
     progress = ways.progress or (lambda step: step / (config.steps + 1))
     for step, batch in enumerate(objective.batches(start), start + 1):
-        share = rate(progress(step), config)
+        objective.progress = progress(step)
+        share = rate(objective.progress, config)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
         total = torch.zeros(())

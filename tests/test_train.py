@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,19 +31,20 @@ from minillada.diffusion import PROCESSES as NOISES
 from minillada.diffusion import exact_count, model_bound, pretraining_loss, sample_t
 from minillada.files import newest_checkpoint
 from minillada.measure.likelihood import log_likelihoods
+from minillada.measure.twin import twin_nll
 from minillada.text.ids import validation_batch
 from minillada.text.tales import is_tale
 from minillada.train import LearnConfig, Pretraining, Ways, learn, rate
 from minillada.training import optim, pretraining
-from minillada.training.config import PRESETS
-from minillada.training.making import make
+from minillada.training.config import PRESETS, config_of
+from minillada.training.making import begin_objective, make
 from minillada.training.optim import make_optimizers, restore, snapshot
 from minillada.training.pretraining import TextPretraining
 from minillada.training.runs import load_state, step_of
 
 SCRIPT = Path(__file__).parents[1] / "train_tiny.py"
 QUICK = {"preset": "nano", "steps": 6, "batch_size": 4, "length": 16, "eval_every": 3, "precision": "float32"}
-QUICK |= {"data": "tales", "tokenizer": "characters"}
+QUICK |= {"data": "tales", "tokenizer": "characters", "twin": 0.0}
 LOSS = pretraining.pretraining_loss
 
 
@@ -134,8 +136,14 @@ def test_a_step_that_is_not_finite_changes_nothing(broken):
     assert any(not torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
+def test_learn_tells_an_objective_how_far_the_training_is():
+    model, objective, config = course(3)
+    steps = learn(model, [torch.optim.SGD(model.parameters(), 0.1)], objective, config, torch.Generator())
+    assert [objective.progress for _ in steps] == [0.25, 0.5, 0.75]
+
+
 def test_a_run_has_the_loss_and_the_bound_of_the_course():
-    made = make(TrainConfig(**QUICK))
+    made = make(TrainConfig(**QUICK, t_min=0.0))
     plain = Pretraining(made.objective.batches, made.objective.held, made.objective.mask_id)
     batch, rng = next(plain.batches(0)), lambda: torch.Generator().manual_seed(3)
     (ours,), (theirs,) = (list(o.losses(made.model, batch, rng())) for o in (made.objective, plain))
@@ -144,6 +152,36 @@ def test_a_run_has_the_loss_and_the_bound_of_the_course():
     assert per_token == pytest.approx(plain.validate(made.model)["bound"], rel=1e-6)
     x0, noised = plain.held_noise()
     assert per_token == pytest.approx(model_bound(made.model, x0, noised).mean().item() / x0.shape[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", ["windows", "documents"])
+@pytest.mark.parametrize("block", [0, 4])
+def test_a_training_begins_as_the_twin_and_goes_on_as_diffusion(block, rows):
+    whole = {"rows": rows, "tokenizer": "bpe:1024", "length": 136}
+    made = make(TrainConfig(**{**QUICK, **whole, "twin": 0.25}, block=block))
+    batch, rng = next(made.objective.batches(0)), lambda: torch.Generator().manual_seed(3)
+    loss = lambda config: next(begin_objective(config, made.text, made.model.config).losses(made.model, batch, rng()))
+    given = int(rows == "documents")  # the end of text in front is not learned
+    made.objective.progress = 0.24
+    (ours,) = made.objective.losses(made.model, batch, rng())
+    assert ours.item() == pytest.approx(twin_nll(made.model, batch)[:, given:].sum().item() / batch.numel(), rel=1e-6)
+    made.objective.progress = 0.25
+    assert torch.equal(next(made.objective.losses(made.model, batch, rng())), loss(replace(made.config, twin=0.0)))
+
+
+def test_levels_above_the_least_are_trained_and_all_levels_measured():
+    objective = make(TrainConfig(**QUICK, t_min=0.5)).objective
+    hidden = [objective.noise(batch, torch.Generator().manual_seed(i))[1].masked.float().mean(1)
+              for i, batch in zip(range(20), objective.batches(0), strict=False)]  # fmt: skip
+    assert torch.cat(hidden).min() > 0.5 and torch.cat(hidden).max() == 1
+    assert objective.held_noise()[1].masked.sum(1).min() == 1
+
+
+def test_the_twin_comes_first_only_in_a_new_model_and_not_in_older_runs():
+    assert (TrainConfig().twin, TrainConfig().t_min, TrainConfig(start="somewhere").twin) == (0.2, 0.2, 0.0)
+    older = {name: value for name, value in asdict(TrainConfig(**QUICK)).items() if name not in ("twin", "t_min")}
+    found = config_of({"version": 2, "objective": "pretrain", **older})
+    assert (found.twin, found.t_min) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("process", NOISES)
@@ -157,7 +195,7 @@ def test_every_process_of_noise_can_be_trained_with(process):
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if "train" in PRESETS[name] and name != "small"])
 def test_training_lowers_the_bound(preset):
-    steps = list(train(TrainConfig(**{**QUICK, "preset": preset, "steps": 30, "eval_every": 10})))
+    steps = list(train(TrainConfig(**{**QUICK, "preset": preset, "steps": 30, "eval_every": 10, "twin": 0.2})))
     bounds = [step.bound for step in steps if step.bound is not None]
     assert bounds[-1] < bounds[0] < math.log(60)
     assert [step.step for step in steps] == list(range(1, 31))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from ..diffusion import Noised, model_bound
 from ..errors import BadInput
 from ..model import KVCache, block_causal
 from ..strategies import draw
@@ -30,9 +31,21 @@ def twin_nll(model: nn.Module, x0: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().transpose(1, 2), x0, reduction="none")
 
 
+def shifted(x0: Tensor, mask_id: int, maskable: Tensor | None = None) -> Noised:
+    """Ask for every token of x0 (B,T), or the maskable ones, in the place of the token before it; each counts once."""
+    asked = torch.ones_like(x0, dtype=torch.bool) if maskable is None else maskable
+    before = F.pad(x0[:, :-1], (1, 0), value=mask_id)
+    return Noised(before, asked, torch.ones(len(x0), device=x0.device))
+
+
+def shifted_loss(model: nn.Module, x0: Tensor, noised: Noised) -> Tensor:
+    """Return the loss in nats per token of what `shifted` asks: what `pretraining_loss` is to diffusion."""
+    return model_bound(model, x0, noised, causal(x0.shape[1], x0.device)).mean() / x0.shape[1]
+
+
 def twin_loss(model: nn.Module, x0: Tensor) -> Tensor:
     """Return the training loss in nats per token, a scalar."""
-    return twin_nll(model, x0).mean()
+    return shifted_loss(model, x0, shifted(x0, model.config.mask_id))
 
 
 @torch.no_grad()

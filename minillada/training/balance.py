@@ -124,10 +124,12 @@ class Balanced:
         self.objective, self.config = objective, config
         self.batches, self.validate = objective.batches, objective.validate
         self.numbers: dict = {}  # of the objective, and `routing_report`
+        self.progress = 0.0
         self.routings: list[Routing] = []  # of the last batch
 
     def losses(self, model: nn.Module, batch: Any, rng: Generator) -> Iterator[Tensor]:
         """Yield the objective's parts, with the gradient of the balancing losses added."""
+        self.objective.progress = self.progress
         parts, self.routings = self.objective.losses(model, batch, rng), []
         while True:
             try:

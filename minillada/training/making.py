@@ -183,5 +183,7 @@ def make(config: RunConfig, newest: Path | None = None, saved: dict | None = Non
         guide |= {"after_eos": config.rows == "documents", "examples": examples_of(text, saves)}
     if getattr(config, "algorithm", "rejection") != "rejection":
         notices.append(f"algorithm {config.algorithm}: {RISK}")
+    if getattr(config, "twin", 0) and not saved:
+        notices.append(f"for {config.twin:.0%} of the training it learns from left to right; then the bound falls fast")
     notices += slow_experts(model.config, config.device, getattr(torch, precision))
     return Made(config, notices, text, saves, guide, base, objective, model, called, trained, optimizers, rng, average)

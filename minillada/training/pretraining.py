@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from ..diffusion import PROCESSES, Noised, pretraining_loss, sample_t
 from ..measure.blocks import block_levels, bound, noise_blocks
+from ..measure.twin import shifted, shifted_loss
 from ..text.ids import Tokens, batches, document_batches, document_rows, validation_batch, whole_documents
 from ..text.tokenizer import Tokenizer
 from ..train import Pretraining
@@ -37,6 +38,12 @@ def losses_by_part(loss: Callable, model: nn.Module, x0: Tensor, noised: Noised,
         yield part
 
 
+def above(t_min: float, process: Callable[..., Noised]) -> Callable[..., Noised]:
+    """Return a process of `diffusion.PROCESSES` whose levels (0,1] are squeezed into (t_min,1]. At a low level the few
+    masked tokens of a row count as much as the many at a high one, so their gradient is mostly noise."""
+    return lambda x0, mask_id, t, *more: process(x0, mask_id, t_min + (1 - t_min) * t, *more)
+
+
 class TextPretraining(Pretraining):
     """Predict the hidden tokens of a text."""
 
@@ -51,8 +58,9 @@ class TextPretraining(Pretraining):
             held = document_rows(text.val, val[np.linspace(0, len(val) - 1, 128).astype(int)], config.length)
         else:
             draw, held = partial(batches, text.train, *size), validation_batch(text.val, 128, config.length)
-        super().__init__(draw, held, mask_id, PROCESSES[config.process])
-        self.text, self.config, self.block, self.vocab_size = text, config, block, vocab_size
+        process = PROCESSES[config.process]
+        super().__init__(draw, held, mask_id, process if block else above(config.t_min, process))
+        self.text, self.config, self.block, self.vocab_size, self.progress = text, config, block, vocab_size, 0.0
         self.given = int(config.rows == "documents")  # columns that are never hidden: the end of text in front
 
     def maskable(self, x0: Tensor) -> Tensor | None:
@@ -80,9 +88,13 @@ class TextPretraining(Pretraining):
         return bound(model, x0, noised, block=self.block).mean() / x0.shape[1]
 
     def losses(self, model: nn.Module, batch: Tensor, rng: Generator) -> Iterator[Tensor]:
-        """Yield this process's parts of the bound in nats per token."""
-        loss = self.block_loss if self.block else pretraining_loss
-        yield from losses_by_part(loss, model, *self.noise(batch, rng), self.config)
+        """Yield this process's parts of the bound in nats per token; at first, of the twin's nats (`config.twin`)."""
+        if self.progress < self.config.twin:
+            asked = shifted(batch, self.mask_id, self.maskable(batch))
+            yield from losses_by_part(shifted_loss, model, batch, asked, self.config)
+        else:
+            loss = self.block_loss if self.block else pretraining_loss
+            yield from losses_by_part(loss, model, *self.noise(batch, rng), self.config)
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict:
