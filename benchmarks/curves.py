@@ -74,7 +74,8 @@ def measure(
     """
     made = make(config)
     if objective is not TextPretraining:
-        made = made._replace(objective=objective(made.text, made.config, made.model.config.mask_id))
+        c = made.model.config
+        made = made._replace(objective=objective(made.text, made.config, c.mask_id, vocab_size=c.vocab_size))
     if begin:
         begin(made.model)
     curve = [[round(seconds, 2), round(bound, 4), step] for seconds, bound, step in follow(made)]

@@ -112,11 +112,30 @@ def drop_outputs(model: LLaDA) -> None:
 class Complementary(TextPretraining):
     """Hide half of the rows of a batch twice: a share of 0.1 to 0.9 of the tokens, and then all the others."""
 
+    least = 0.1
+
     def noise(self, x0: Tensor, rng: Generator) -> tuple[Tensor, Noised]:
-        half, t = x0[: len(x0) // 2], 0.1 + 0.8 * sample_t(len(x0) // 2, rng)
+        half = x0[: len(x0) // 2]
+        t = self.least + (1 - 2 * self.least) * sample_t(len(half), rng)
         hidden = exact_count(half, self.mask_id, t, rng).masked
         x0, masked = half.repeat(2, 1), torch.cat([hidden, ~hidden])
-        return x0, Noised(x0.masked_fill(masked, self.mask_id), masked, x0.shape[1] / masked.sum(1))
+        return x0, Noised(x0.masked_fill(masked, self.mask_id), masked, x0.shape[1] / masked.sum(1).clamp(min=1))
+
+
+class AllComplementary(Complementary):
+    """Do so at all levels."""
+
+    least = 0.0
+
+
+class Wrong(TextPretraining):
+    """Replace a twentieth of the given tokens by others."""
+
+    def noise(self, x0: Tensor, rng: Generator) -> tuple[Tensor, Noised]:
+        x0, noised = super().noise(x0, rng)
+        wrong = (torch.rand(x0.shape, generator=rng) < 0.05) & ~noised.masked
+        others = torch.randint(0, self.vocab_size - 4, x0.shape, generator=rng)
+        return x0, noised._replace(xt=torch.where(wrong, others, noised.xt))
 
 
 class Curriculum(TextPretraining):
@@ -173,6 +192,7 @@ BEFORE = {"twin": 0.0, "t_min": 0.0}  # the recipe until November 2026
 SEARCH: dict[str, dict] = {  # the same; `objective` and `begin` are of curves.measure
     "before": BEFORE,
     "before, outputs begin at zero": {**BEFORE, "begin": zero_outputs},
+    "before, complementary masks of all levels": {**BEFORE, "objective": AllComplementary},
     "before, rate 0.02": {**BEFORE, "lr": 0.02},
     "before, levels above 0.1": {**BEFORE, "t_min": 0.1},
     "before, a fifth from left to right": {**BEFORE, "twin": 0.2},
@@ -182,6 +202,7 @@ SEARCH: dict[str, dict] = {  # the same; `objective` and `begin` are of curves.m
     "before, a fifth in a random order": {**BEFORE, "twin": 0.2, "objective": AnyOrder},
     "a third from left to right, levels above 0.1": {"twin": 0.33, "t_min": 0.1},
     "a tenth from left to right, levels above 0.1": {"twin": 0.1, "t_min": 0.1},
+    "levels above 0.1": {"t_min": 0.1},
     "levels above 0.1, rate 0.02": {"t_min": 0.1, "lr": 0.02},
     "levels above 0.1, 4 heads": {"t_min": 0.1, "model": {**TINY, "n_head": 4}},
     "the default": {},
@@ -197,6 +218,7 @@ SEARCH: dict[str, dict] = {  # the same; `objective` and `begin` are of curves.m
     "16 rows a step": {"batch_size": 16},
     "embedding dropout 0.1": {"begin": drop_embedding},
     "dropout 0.1": {"begin": drop_outputs},
+    "a twentieth of the given tokens wrong": {"objective": Wrong},
     "rate 0.02": {"lr": 0.02},
 }
 

@@ -297,7 +297,7 @@ def measure_orders(model: LLaDA, x0: Tensor, given: int, characters: float) -> d
     shape, rng = (len(x0), x0.shape[1] - given), Generator().manual_seed(0)
     run = lambda score: in_order(model, x0, given, score)
     drawn = {block: torch.stack([run(by_blocks(shape, block, rng)) for _ in range(n)])
-             for block, n in ((1, 1), (4, 4), (16, 4), (shape[1], DRAWN))}  # fmt: skip
+             for block, n in ((1, 1), (4, 2), (16, 2), (shape[1], DRAWN))}  # fmt: skip
     found = {f"blocks of {block}": nats.mean(0) for block, nats in drawn.items()}
     random = drawn[shape[1]]  # (orders, windows)
     found["mixture of random orders"] = math.log(len(random)) - (-random).logsumexp(0)
@@ -310,8 +310,9 @@ def measure_gap(args: Namespace) -> None:
     """The same windows of held-out text, by recipe and by the order in which the trained models write."""
     text, minutes = read_text(args), (args.minutes or [5.0])[0]
     windows = torch.tensor([part for _, part in text.held_out if len(part) == text.config.length])
-    x0 = windows[:: max(1, len(windows) // 32)][:32]
-    given, size = 3 * x0.shape[1] // 4, x0.shape[1] - 3 * x0.shape[1] // 4
+    length = windows.shape[1] // 2  # an evaluation for every token and order: halves of a few windows must do
+    x0 = windows[:: max(1, len(windows) // args.windows), :length][: args.windows]
+    given, size = length // 2, length - length // 2
     characters = size * text.tokens.characters_per_token
     bars, runs = {}, {}
     for name, changes in LEARNED.items():
@@ -584,6 +585,7 @@ def main() -> None:
     p.add_argument(
         "--lr", type=float, nargs="+", default=[1.0], help="text: the twin's rates, as multiples (default: 1)"
     )
+    p.add_argument("--windows", type=int, default=16, help="gap: of the text, written in every order (default: 16)")
     p.add_argument("--size", type=int, default=4, help="sudoku: 4 or 9 (default: 4)")
     p.add_argument("--questions", type=int, default=500, help="tales, reversal, sudoku: of the test; errors: estimates")
     p.add_argument("--run", type=Path, default=Path("runs/docs-tiny-1"), help="errors: of the data docs")
