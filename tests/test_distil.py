@@ -168,16 +168,29 @@ def test_the_average_follows_the_model():
 def test_the_parts_of_a_batch_sum_to_its_loss_and_tell_the_agreement():
     teacher, student = tiny_model(), tiny_model(1)
     rng = lambda: torch.Generator().manual_seed(0)
-    whole = list(lesson(teacher).losses(student, PROMPTS, rng()))
+    whole = list(lesson(teacher).losses(student, [0, 1], rng()))
     split = DistilConfig(start="s", data="d", precision="float32", accumulate=2)
-    parts = list(lesson(teacher, split).losses(student, PROMPTS, rng()))
+    parts = list(lesson(teacher, split).losses(student, [0, 1], rng()))
     assert len(whole) == 1 and len(parts) == 2 and torch.allclose(whole[0], sum(parts), atol=1e-5)
     objective = lesson(teacher)
-    list(objective.losses(teacher, PROMPTS[:1], rng()))
+    list(objective.losses(teacher, [0], rng()))
     assert 0 <= objective.numbers["agreement"] <= 1
     more = DistilConfig(start="s", data="d", precision="float32", certainty=2.0, consistency=1.0)
-    (loss,) = lesson(teacher, more, tiny_model(2)).losses(student, PROMPTS, rng())
+    (loss,) = lesson(teacher, more, tiny_model(2)).losses(student, [0, 1], rng())
     assert loss > whole[0]
+
+
+def test_a_prompt_has_the_same_path_whoever_is_asked_for_first():
+    """Each group is answered once, whole; its shorter prompts have padding in front, and so have shorter groups."""
+    items = [[([i % 13, i % 7] if i < 100 else [i % 13], [1, 14])] for i in range(150)]
+    one, other = (
+        Distil(Items(None, None, 1.0, 1.0, "", items, items, 4), CONFIG, m.config, m) for m in [tiny_model()] * 2
+    )
+    other.path([149])
+    whole, turned = one.path(list(range(150))), other.path(list(range(149, -1, -1)))
+    assert torch.equal(whole.x, turned.x.flip(0)) and torch.equal(whole.written, turned.written.flip(0))
+    assert whole.x[5, :2].tolist() == [5, 5] and whole.x[149, :2].tolist() == [PADDING, 149 % 13]
+    assert sorted(one.groups) == [0, 1, 2]
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------

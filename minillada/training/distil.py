@@ -11,10 +11,12 @@ Shapes: B rows, T sequence, N holes of the batch, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..diffusion import Noised, nll_bound, sample_t
 from ..errors import BadInput
@@ -24,8 +26,9 @@ from ..sampler import Canvas, SampleConfig, stream
 from .config import DistilConfig
 from .distributed import shares
 from .optim import evaluation
-from .sft import PADDING, Items, item_batches
+from .sft import PADDING, Items, visits
 
+GROUP = 64  # prompts that are answered together, always the same: so a path is the same after a resume
 SHARPER = 0.5  # the temperature at which certainty is measured, dParallel's
 
 
@@ -99,30 +102,40 @@ class Distil:
     def __init__(
         self, items: Items, config: DistilConfig, c: ModelConfig, teacher: nn.Module, average: nn.Module | None = None
     ) -> None:
-        pairs = [pair for item in (*items.learned, *items.held) for pair in item]
-        self.gen_len = max(len(answer) for _, answer in pairs)
-        if (longest := max(len(prompt) for prompt, _ in pairs) + self.gen_len) > c.max_len:
+        learned, held = ([pair for item in part for pair in item] for part in (items.learned, items.held))
+        self.prompts, self.tests = [prompt for prompt, _ in learned], [prompt for prompt, _ in held][:128]
+        self.gen_len = max(len(answer) for _, answer in learned + held)
+        if (longest := max(len(prompt) for prompt, _ in learned + held) + self.gen_len) > c.max_len:
             what = f"data: expected at most {c.max_len} tokens of the longest prompt and answer together"
             raise BadInput(f"{what}, got {longest}; shorten either")
-        self.items, self.config, self.c = items, config, c
-        self.teacher, self.average = teacher, average
+        self.config, self.c, self.teacher, self.average = config, c, teacher, average
+        self.groups: dict[int, Path] = {}  # number -> the paths of GROUP prompts, written when one is first asked for
         self.numbers: dict = {}
         self.held: list[tuple[Path, Noised]] = []
 
-    def batches(self, start: int) -> Iterator[list[list[int]]]:
-        """Yield batches of prompts for ever, from number `start`."""
-        for batch in item_batches(self.items, self.config, start):
-            yield [item[int(chance * len(item))][0] for item, chance in batch]
+    def batches(self, start: int) -> Iterator[list[int]]:
+        """Yield batches of prompts by their numbers for ever, from batch `start`."""
+        found = visits(len(self.prompts), self.config.seed, start * self.config.batch_size)
+        while True:
+            yield [number for number, _ in islice(found, self.config.batch_size)]
 
     def walk(self, prompts: Sequence[list[int]]) -> Path:
         with evaluation(self.config):
             return walk(self.teacher, prompts, self.gen_len)
 
+    def path(self, numbers: Sequence[int]) -> Path:
+        """Return the paths of these prompts."""
+        for n in {number // GROUP for number in numbers} - self.groups.keys():
+            self.groups[n] = self.walk(self.prompts[n * GROUP : (n + 1) * GROUP])
+        found = [[part[n % GROUP].flip(0) for part in self.groups[n // GROUP]] for n in numbers]
+        x, written = zip(*found, strict=True)  # from right to left, as padding is in front
+        return Path(pad_sequence(x, True, PADDING).flip(1), pad_sequence(written, True, -1).flip(1))
+
     def predict(self, model: nn.Module, path: Path, noised: Noised) -> Tensor:
         with evaluation(self.config):
             return predict(model, path.x, noised, self.c.block)
 
-    def losses(self, model: nn.Module, batch: list[list[int]], rng: Generator) -> Iterator[Tensor]:
+    def losses(self, model: nn.Module, batch: list[int], rng: Generator) -> Iterator[Tensor]:
         """Yield this process's parts of the loss; then set `numbers`: the share of holes where the likeliest token is
         the path's."""
         t, nearer = sample_t(len(batch), rng), torch.rand(len(batch), generator=rng)
@@ -130,7 +143,7 @@ class Distil:
         if self.average is not None:
             follow(self.average, model, config.ema)
         for rows in shares(model, len(batch), config.accumulate):
-            path = self.walk([batch[i] for i in rows])
+            path = self.path([batch[i] for i in rows])
             now = state(path, t[rows].to(config.device), self.c.mask_id)
             logits = self.predict(model, path, now)
             loss = jump_loss(logits, path.x, now)
@@ -150,7 +163,7 @@ class Distil:
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict:
         """Return the jump loss of held-out prompts, 128 at most, in states that are always the same."""
-        prompts, size = [prompt for item in self.items.held for prompt, _ in item][:128], self.config.batch_size
+        prompts, size = self.tests, GROUP
         if not self.held:
             t = sample_t(len(prompts), Generator().manual_seed(0)).to(self.config.device)
             t = t[torch.randperm(len(t), generator=Generator().manual_seed(0))]
