@@ -328,16 +328,21 @@ def measure_gap(args: Namespace) -> None:
     bars = {name: {named.get(order, order): bits for order, bits in found.items()} for name, found in bars.items()}
     about = {"corpus": Path(args.corpus).stem, "minutes": minutes, "windows": len(x0), "given": given, "measured": size}
     store(args, "gap", {**about, "runs": runs, "bits": bars})
+    show_gap(args, bars)
+
+
+def show_gap(args: Namespace, bars: dict[str, dict[str, list[float]]]) -> None:
+    """Print and draw {model: {order: bits of each window}}. Errors are those of the difference from the twin."""
     twin = torch.tensor(bars["twin"]["left to right"])
     print("\n| model | order | bits per character | more than the twin |\n|---|---|---|---|")
     with picture(args, "gap", "bits per character", "") as axes:
         for name, found in bars.items():
-            labels = [f"{name}: {order}" for order in found]
             means = [torch.tensor(bits).mean().item() for bits in found.values()]
             errors = [((more := torch.tensor(bits) - twin).std() / len(more) ** 0.5).item() for bits in found.values()]
             for order, mean, error in zip(found, means, errors, strict=True):
                 print(f"| {name} | {order} | {mean:.3f} | {mean - twin.mean():.3f} ± {error:.3f} |")
-            axes.barh(labels, means, xerr=errors, label=name, color="tab:gray" if "before" in name else COLOURS[name])
+            labels = [f"{name}: {order}" for order in found]
+            axes.errorbar(means, labels, xerr=errors, fmt="o", label=name, color=COLOURS.get(name, "tab:gray"))
         axes.invert_yaxis()
 
 
