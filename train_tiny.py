@@ -91,9 +91,9 @@ def options() -> Parser:
     more.add_argument("--reward", metavar="TASK", help="rewards (docs/few_steps.md): it answers a task of `tasks`")
     more.add_argument("--rollout-steps", type=int, metavar="N", help="rewards: evaluations for an answer (default: 4)")
     more.add_argument("--algorithm", help="rewards: rejection (default); ablations: diffu-grpo, wd1, just-grpo")
-    more.add_argument("--group", type=int, metavar="N", help="rewards: answers to the same question (default: 8)")
+    more.add_argument("--group", type=int, metavar="N", help="rewards: answers to the same question (default: 1, or 8)")
     more.add_argument("--inner", type=int, metavar="N", help="rewards: steps that learn from one rollout (default: 4)")
-    more.add_argument("--temperature", type=float, help="rewards: of rollouts (default: 0.5)")
+    more.add_argument("--temperature", type=float, help="rewards: of rollouts (default: 0, or 1)")
     return p
 
 

@@ -38,7 +38,9 @@ def private_cache(monkeypatch, tmp_path_factory):
 
 
 def config(**changes) -> RewardConfig:
-    return RewardConfig(**{"start": "somewhere", "data": "addition:1", "precision": "float32", **changes})
+    return RewardConfig(
+        **{"start": "somewhere", "data": "addition:1", "precision": "float32", "temperature": 0.5, **changes}
+    )
 
 
 class Letters:

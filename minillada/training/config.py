@@ -216,19 +216,20 @@ class RewardConfig(TunedConfig):
 
     objective: ClassVar[str] = "reward"
     held_out: ClassVar[str] = "wrong"
-    defaults: ClassVar[dict] = {"optimizer": "muon", "lr": 0.003, "adam_lr": 0.001, "steps": 100, "batch_size": 128}
-    low: ClassVar[dict] = {"lr": 0.0003, "adam_lr": 0.0001}  # for weights of both signs, which ruin models at others
+    defaults: ClassVar[dict] = {"optimizer": "muon", "lr": 0.003, "adam_lr": 0.001, "steps": 200, "batch_size": 128}
+    defaults |= {"group": 1, "temperature": 0.0}  # as it will be asked to write; then a group would be copies
+    signed: ClassVar[dict] = {"group": 8, "temperature": 1.0, "lr": 0.0003, "adam_lr": 0.0001}  # weights of both signs
 
     algorithm: str = "rejection"  # rejection | diffu-grpo | wd1 | just-grpo
     rollout_steps: int = 4  # evaluations in which an answer is written
-    group: int = 8  # answers to the same question
+    group: int | None = None  # answers to the same question
     inner: int = 4  # steps that learn from one rollout
-    temperature: float = 0.5  # of rollouts
+    temperature: float | None = None  # of rollouts
     prompt_mask: float = 0.15  # diffu-grpo, wd1: share of a question that is hidden
     ratio_clip: float = 0.5  # diffu-grpo, just-grpo: how far from 1 a ratio counts
 
     def recipe(self) -> dict:
-        return {**super().recipe(), **(self.low if self.algorithm != "rejection" else {})}
+        return {**super().recipe(), **(self.signed if self.algorithm != "rejection" else {})}
 
     def __post_init__(self) -> None:
         super().__post_init__()

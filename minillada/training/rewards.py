@@ -42,7 +42,7 @@ from .optim import evaluation
 from .pretraining import part_of
 from .sft import PADDING, Item, Items, dialogue, encode, gather, per_answer, visits
 
-ASKED, HELD = 1000, 100  # questions to learn from, and to validate with
+ASKED, HELD = 2000, 100  # questions to learn from, and to validate with
 RISK = "an ablation; weights of both signs can ruin a model, at SFT's rates they do; rejection is the default"
 
 
