@@ -132,7 +132,8 @@ def measure_task(args: Namespace, name: str, seed: int) -> dict:
         models = {who: graded(path, task, examples) for who, path in runs.items()}
         best = max(right for ways in models.values() for _, right in ways.values()) or 1.0
         for ways in models.values():
-            ways["AUP"] = round(aup([(TOKENS / n, right) for n, right in ways.values()], best))
+            points = [(TOKENS / n, right) for n, right in ways.values()]
+            ways["AUP"], ways["area"] = round(aup(points, best)), round(aup(points, best, drop=math.inf))
         found[kind or "new boards"] = models
     return found
 
