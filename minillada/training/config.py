@@ -216,7 +216,7 @@ class RewardConfig(TunedConfig):
 
     objective: ClassVar[str] = "reward"
     held_out: ClassVar[str] = "wrong"
-    defaults: ClassVar[dict] = {"optimizer": "muon", "lr": 0.003, "adam_lr": 0.001, "steps": 200, "batch_size": 128}
+    defaults: ClassVar[dict] = {"optimizer": "muon", "lr": 0.003, "adam_lr": 0.001, "steps": 150, "batch_size": 128}
     defaults |= {"group": 1, "temperature": 0.0}  # as it will be asked to write; then a group would be copies
     signed: ClassVar[dict] = {"group": 8, "temperature": 1.0, "lr": 0.0003, "adam_lr": 0.0001}  # weights of both signs
 
