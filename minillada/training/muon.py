@@ -13,14 +13,33 @@ A, B, C = 3.4445, -4.7750, 2.0315  # of the polynomial that pulls singular value
 
 
 def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x (N,rows,columns) with its singular values near 1, by five Newton-Schulz iterations in this dtype."""
+    """Return x (N,rows,columns) with its singular values near 1, by five Newton-Schulz iterations in this dtype.
+
+    An iteration is y <- p(g) y, with g = y y^T and p(g) = A + B g + C g^2. For a matrix much wider than high it takes
+    fewer operations to go on with g alone, which becomes p g p, and to multiply y at the end with all five p. That is
+    as exact in float32, but not in bfloat16.
+    """
     wide = x.shape[1] <= x.shape[2]
     y = (x if wide else x.mT).to(dtype, copy=True)
     y /= y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = y @ y.mT
-        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), y, beta=A)
+    if dtype == torch.float32 and y.shape[2] > 1.5 * y.shape[1]:  # where that is fewer operations
+        y = product(y @ y.mT) @ y
+    else:
+        for _ in range(5):
+            gram = y @ y.mT
+            y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), y, beta=A)
     return y if wide else y.mT
+
+
+def product(gram: Tensor) -> Tensor:
+    """Return what five iterations multiply y with, from gram = y y^T (N,rows,rows)."""
+    whole = None
+    for left in range(4, -1, -1):
+        p = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+        p.diagonal(dim1=1, dim2=2).add_(A)
+        whole = p if whole is None else p @ whole
+        gram = p @ gram @ p if left else gram
+    return whole
 
 
 class Muon(Optimizer):
@@ -38,16 +57,17 @@ class Muon(Optimizer):
                 if p.grad is not None:
                     alike.setdefault(p.shape, []).append(p)
             for (rows, columns), params in alike.items():
-                updates = orthogonal(torch.stack([self.momentum(p) for p in params]), self.dtype)
-                for p, update in zip(params, updates, strict=True):
-                    if isinstance(p, DTensor):  # sharded: every process has the whole update and takes its part
-                        update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                updates = orthogonal(torch.stack(self.momenta(params)), self.dtype).unbind()
+                if isinstance(params[0], DTensor):  # sharded: every process has the whole update and takes its part
+                    place = {"device_mesh": params[0].device_mesh, "placements": params[0].placements}
+                    updates = [distribute_tensor(update, **place, src_data_rank=None) for update in updates]
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
-    def momentum(self, p: Tensor) -> Tensor:
-        """Add the gradient to the momentum of a matrix, and return where both lead to, put together if sharded."""
-        buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-        buffer.lerp_(p.grad, 0.05)
-        ahead = p.grad.lerp(buffer, 0.95)
-        return ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
+    def momenta(self, params: list[Tensor]) -> list[Tensor]:
+        """Add the gradients to the momenta of matrices, and return where both lead to, put together if sharded."""
+        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        grads = [p.grad for p in params]
+        torch._foreach_lerp_(buffers, grads, 0.05)
+        return [ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
+                for ahead in torch._foreach_lerp(grads, buffers, 0.95)]  # fmt: skip
