@@ -127,7 +127,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
     """
     if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16 and attn_mask is None:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v  # q is smaller than q k
     with sdpa_kernel(KERNELS) if q.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=k.shape[1] < q.shape[1])
 

@@ -25,6 +25,7 @@ from ..errors import BadInput, BadLuck
 from ..model import LLaDA
 from .config import RunConfig
 from .lora import model_of
+from .passes import hasten
 
 T = TypeVar("T")
 
@@ -139,6 +140,8 @@ def spread(model: LLaDA, config: RunConfig) -> nn.Module:
             fully_shard(part)
     else:
         model.to(config.device)
+        if torch.device(config.device).type == "cpu" and not config.compile:
+            hasten(model)
         called = DistributedDataParallel(model, gradient_as_bucket_view=True) if several else model
     return torch.compile(called) if config.compile else called
 
