@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from minillada.commands.ask import (
+    DTYPES,
     add_questions,
     answer_file,
     defaults_of,
@@ -41,7 +42,6 @@ from minillada.weights.hub import fetch
 from minillada.weights.quantize import kinds, memory, quantize
 from minillada.weights.vision import sees
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 EXAMPLES = """examples:
   python load_8b.py tales --prompt "Once upon a time"      without a network
   python load_8b.py GSAI-ML/LLaDA-8B-Instruct --check
@@ -70,8 +70,6 @@ def options() -> Namespace:
     p.add_argument("--mask-id", type=int, help="the id of [MASK], if neither config.json nor the tokenizer tells it")
     p.add_argument("--tokenizer", type=Path, metavar="DIR", help="take tokenizer and chat template from here")
     args = parse(p)
-    if args.dtype is not None:
-        check_one_of("dtype", args.dtype, DTYPES)
     return args
 
 

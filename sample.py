@@ -11,7 +11,9 @@ if __name__ == "__main__":  # importing PyTorch takes seconds
     if sys.stderr and sys.stderr.isatty():
         print("loading…", end="\r", file=sys.stderr, flush=True)
 
-from minillada.commands.ask import add_questions, answer_file, defaults_of, files_of, make_talker, parse, question, show
+from minillada.commands.ask import DTYPES, add_questions, answer_file, defaults_of, files_of, make_talker, parse
+
+from minillada.commands.ask import question, quick_dtype, show  # isort: skip
 from minillada.commands.chat import chat
 from minillada.commands.cli import Parser, here, run
 from minillada.sampler import stream
@@ -39,6 +41,8 @@ def options() -> Namespace:
     p.add_argument(
         "run", nargs="?", help="a run, a model directory, a GGUF file or a shipped model (default: the newest run)"
     )
+    p.add_argument("--dtype", help=f"{', '.join(DTYPES)} (default: the files'; of a run on a CPU that has "
+                   "instructions for it, bfloat16)")  # fmt: skip
     p.add_argument("--hub", action="store_true", help="fetch RUN, as OWNER/NAME, from the Hugging Face hub")
     add_questions(p, required=False)
     return parse(p)
@@ -48,7 +52,9 @@ def main() -> None:
     args = options()
     device = pick_device(args.device)
     name = here(args.run, args.hub, fix="choose one, or add --hub")
-    meet = lambda directory: make_talker(directory, name, *load(directory, device), args, **defaults_of(directory))
+    dtype = lambda directory: DTYPES[args.dtype] if args.dtype else quick_dtype(directory, device)
+    model = lambda directory: load(directory, device, dtype(directory))
+    meet = lambda directory: make_talker(directory, name, *model(directory), args, **defaults_of(directory))
     talker = reading(name, meet, progress=sys.stderr.isatty())
     if args.chat:
         chat(args, talker)

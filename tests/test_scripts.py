@@ -25,6 +25,12 @@ from minillada.commands.cli import Parser, run
 from minillada.errors import BadInput, BadLuck
 from minillada.text.chat import PROMPT_CAP
 from minillada.text.tasks import make_task
+
+
+from minillada.commands.ask import quick_dtype
+from minillada.commands.cli import Parser, run
+from minillada.errors import BadInput, BadLuck
+from minillada.text.chat import PROMPT_CAP
 from minillada.weights.shipped import HOME
 
 ROOT = Path(__file__).parents[1]
@@ -536,3 +542,15 @@ def test_steps_are_held_only_where_one_can_see_them(call, home):
     assert time.monotonic() - start < 60
     refused(call("sample.py", home, "--prompt", "Hello", "--watch", "--quiet"), "watch: expected no --quiet")
     refused(call("sample.py", home, "--prompt", "Hello", "--watch", "nan"), "watch: expected a finite number")
+
+
+@pytest.mark.parametrize("able", [{"amx_bf16": True}, {}])
+def test_a_run_of_ours_is_decoded_in_bfloat16_where_a_cpu_has_instructions_for_it(able, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    ask = lambda *more: call("sample.py", "sudoku4", "--prompt", "2.14..3.342..24.=", "--gen-len", "4", *more)[2]
+    assert (", in bfloat16; " in ask()) == bool(able) and ", in bfloat16; " not in ask("--dtype", "float32")
+    for directory in (HOME / "tales", tmp_path / "checkpoints/step-1", tmp_path / "model"):
+        (tmp_path / "run.json").touch()
+        own = directory != tmp_path / "model"
+        assert quick_dtype(directory, "cpu") == (torch.bfloat16 if able and own else None)
+        assert quick_dtype(directory, "cuda") is None

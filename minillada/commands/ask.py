@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from ..decoding.graphs import graphed
@@ -25,7 +26,9 @@ from ..text.corpora import json_lines, plain_text
 from ..text.tokenizer import Tokenizer, display
 from ..weights.checkpoint import Report, expect_tokenizer, fitted, load_tokenizer
 from ..weights.convert import home_of
+from ..weights.device import bfloat16_instructions
 from ..weights.pictures import data_url, open_picture
+from ..weights.shipped import HOME
 from ..weights.vision import see, sees
 from .cli import SAMPLING, SWITCHES, add_sampling, sample_config, tell
 
@@ -55,6 +58,13 @@ def defaults_of(directory: Path) -> dict:
     return guide_of(directory).get("sampling", {})
 
 
+def quick_dtype(directory: Path, device: str) -> torch.dtype | None:
+    """Return bfloat16 for a checkpoint of a run of ours, or a shipped model, on a CPU that has instructions for it, and
+    None otherwise, for the files' dtype: without such instructions bfloat16 is emulated, slower than float32."""
+    own = directory.parent == HOME or (directory.parents[1] / "run.json").is_file()
+    return torch.bfloat16 if own and torch.device(device).type == "cpu" and bfloat16_instructions("cpu") else None
+
+
 # What LLaDA-V was taught to be told first.
 SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -68,6 +78,7 @@ def usual_of(scheme: str, name: str) -> dict:
     return {"commit": "llada2.1" if "2.1" in name else "llada2"} if scheme == "LLaDA2" else {}
 
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 USUAL = ("quota", "none")  # rules that a summary does not name
 
 
@@ -164,6 +175,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     check_whole("batch_size", args.batch_size, 1)
     check_one_of("graphs", args.graphs, ("auto", "off"))
+    if args.dtype is not None:
+        check_one_of("dtype", args.dtype, DTYPES)
     if args.threads is not None:
         check_whole("threads", args.threads, 1, 1024)
         torch.set_num_threads(args.threads)
@@ -237,6 +250,8 @@ def summary(talker: Talker, c: SampleConfig, seed: int, written: int, nfe: int, 
     block = predictor_of(talker.model, c.block).config.block
     rules = [f"{what} {rule}" for what in ("commit", "revise", "cache") if (rule := getattr(c, what)) not in USUAL]
     rules += [f"cfg_scale {c.cfg_scale:g}"] if c.cfg_scale else []
+    weight = next(talker.model.parameters(), None) if isinstance(talker.model, nn.Module) else None
+    rules += ["in bfloat16"] if weight is not None and weight.dtype == torch.bfloat16 else []
     windows = f"blocks of {block}" if block else f"windows of {c.block_len}"
     how = ", ".join([f"temperature {c.temperature:g}", f"order {c.remasking}", windows, *rules])
     speed = f"{seconds:.1f} s, {written / max(seconds, 1e-9):,.0f} tokens/s"

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from ..errors import BadInput, check_number, check_one_of, check_whole
 from ..files import write_file
 from ..measure.twin import twin_generate
@@ -27,7 +29,7 @@ from ..text.tales import mistake, tales
 from ..text.tasks import Example, make_task
 from ..text.tokenizer import Tokenizer, display
 from ..weights.checkpoint import load, reading
-from .ask import begin_of, guide_of
+from .ask import begin_of, guide_of, quick_dtype
 from .chat import lines_of_user
 from .cli import Parser, newest_run, run, tell
 
@@ -50,7 +52,8 @@ class Player(NamedTuple):
     @classmethod
     def load(cls, name: str, args: Namespace) -> "Player":
         """Load a run, a model directory or a shipped model, with its guide."""
-        return reading(name, lambda directory: cls(*load(directory), guide_of(directory), args))
+        how = lambda directory: {"dtype": quick_dtype(directory, "cpu")}
+        return reading(name, lambda directory: cls(*load(directory, **how(directory)), guide_of(directory), args))
 
     @property
     def begin(self) -> list[int]:
@@ -116,7 +119,8 @@ def verdict(text: str) -> str:
 def story(args: Namespace) -> str:
     """Tell a story out of nothing but masks; return it."""
     player = Player.load(args.model or "tales", args)
-    title(f"A story. {player.model.n_parameters() / 1e6:.1f} million parameters fill {player.room} masks.")
+    kind = ", in bfloat16" if player.model.embed.weight.dtype == torch.bfloat16 else ""
+    title(f"A story. {player.model.n_parameters() / 1e6:.1f} million parameters fill {player.room} masks{kind}.")
     text = player.text(player.watch([player.model.config.mask_id] * player.room))
     print(f"\n{verdict(text)}")
     return text

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..files import one_line
 from ..model import LLaDA
+from ..weights.device import bfloat16_instructions
 from .config import RunConfig
 from .distributed import agree
 from .muon import Muon
@@ -72,11 +73,3 @@ def choose_precision(config: RunConfig) -> tuple[str, list[str]]:
         return "float32", ["precision float32: this device has no instructions for bfloat16"]
     why = f"precision bfloat16: this device has instructions for it ({found}); --precision float32 turns it off"
     return "bfloat16", [why]
-
-
-def bfloat16_instructions(device: str) -> str:
-    """Return the name of the instructions that a type of device multiplies bfloat16 with, "" if it has none."""
-    if device == "cuda":
-        return "CUDA" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
-    able = torch.cpu.get_capabilities() if device == "cpu" else {}
-    return next((name for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16") if able.get(name)), "")

@@ -30,6 +30,14 @@ def capability(device: str | torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if there else (0, 0)
 
 
+def bfloat16_instructions(device: str) -> str:
+    """Return the name of the instructions that a type of device multiplies bfloat16 with, "" if it has none."""
+    if device == "cuda":
+        return "CUDA" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
+    able = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return next((name for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16") if able.get(name)), "")
+
+
 def groups_products(device: str | torch.device, dtype: torch.dtype) -> bool:
     """Return whether PyTorch multiplies all experts of a layer in one go on this device: in bfloat16 on Hopper and
     Blackwell. Elsewhere `grouped_mm` waits for the device, and then multiplies one expert after the other."""
