@@ -20,17 +20,11 @@ from safetensors.torch import load_file, save_file
 from talkers import CHARACTERS, write_talker, write_template, write_tokenizer
 
 import minillada
-from minillada.commands.ask import guide_of
+from minillada.commands.ask import guide_of, quick_dtype
 from minillada.commands.cli import Parser, run
 from minillada.errors import BadInput, BadLuck
 from minillada.text.chat import PROMPT_CAP
 from minillada.text.tasks import make_task
-
-
-from minillada.commands.ask import quick_dtype
-from minillada.commands.cli import Parser, run
-from minillada.errors import BadInput, BadLuck
-from minillada.text.chat import PROMPT_CAP
 from minillada.weights.shipped import HOME
 
 ROOT = Path(__file__).parents[1]
