@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minillada.training.muon import A, B, C, Muon, orthogonal
+from minillada.training.muon import Muon
 
 SHAPES = [(8, 8), (8, 8), (24, 8), (8, 24)]
 
@@ -26,18 +26,6 @@ def test_it_steps_as_pytorchs_does(dtype, error):
     ours = stepped(lambda groups: Muon(groups, 0.02, 0.1, dtype))
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, atol=error)
-
-
-@pytest.mark.parametrize("shape", [(2, 16, 64), (2, 64, 16)])
-@pytest.mark.parametrize("decay", [0.0, -6.0])  # all singular values alike, or over six orders of magnitude
-def test_short_sides_alone_give_the_same_update(shape, decay):
-    u, _, v = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
-    x = u * torch.logspace(0, decay, 16) @ v
-    y = x.double() / x.double().norm(dim=(1, 2), keepdim=True)
-    for _ in range(5):
-        gram = y @ y.mT
-        y = A * y + (B * gram + C * gram @ gram) @ y
-    assert torch.allclose(orthogonal(x, torch.float32).double(), y, atol=1e-3)
 
 
 def test_an_update_has_singular_values_near_one():

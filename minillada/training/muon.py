@@ -13,33 +13,14 @@ A, B, C = 3.4445, -4.7750, 2.0315  # of the polynomial that pulls singular value
 
 
 def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x (N,rows,columns) with its singular values near 1, by five Newton-Schulz iterations in this dtype.
-
-    An iteration is y <- p(g) y, with g = y y^T and p(g) = A + B g + C g^2. For a matrix much wider than high it takes
-    fewer operations to go on with g alone, which becomes p g p, and to multiply y at the end with all five p. That is
-    as exact in float32, but not in bfloat16.
-    """
+    """Return x (N,rows,columns) with its singular values near 1, by five Newton-Schulz iterations in this dtype."""
     wide = x.shape[1] <= x.shape[2]
     y = (x if wide else x.mT).to(dtype, copy=True)
     y /= y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    if dtype == torch.float32 and y.shape[2] > 1.5 * y.shape[1]:  # where that is fewer operations
-        y = product(y @ y.mT) @ y
-    else:
-        for _ in range(5):
-            gram = y @ y.mT
-            y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), y, beta=A)
+    for _ in range(5):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), y, beta=A)
     return y if wide else y.mT
-
-
-def product(gram: Tensor) -> Tensor:
-    """Return what five iterations multiply y with, from gram = y y^T (N,rows,rows)."""
-    whole = None
-    for left in range(4, -1, -1):
-        p = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
-        p.diagonal(dim1=1, dim2=2).add_(A)
-        whole = p if whole is None else p @ whole
-        gram = p @ gram @ p if left else gram
-    return whole
 
 
 class Muon(Optimizer):
