@@ -237,7 +237,10 @@ def test_run_json_says_what_is_learned_and_in_which_version(tmp_path):
     ("change", "said"),
     [
         ({"version": None}, r"expected version 2 .*; resume with the minillada that began the run, or begin another"),
-        ({"objective": "pray"}, r"expected version 2 and an objective of pretrain, sft, prefer, reward, distil, got .*'pray'"),
+        (
+            {"objective": "pray"},
+            r"expected version 2 and an objective of pretrain, sft, prefer, reward, distil, got .*'pray'",
+        ),
         ({"beta": 1.0}, r"expected the fields of TrainConfig, got one more or less, 'beta'; "),
         ({"lr": 0.5}, r"expected what the run in .* began with, got an edited one; "),
     ],
