@@ -45,7 +45,7 @@ def shifted_loss(model: nn.Module, x0: Tensor, noised: Noised) -> Tensor:
 
 def twin_loss(model: nn.Module, x0: Tensor) -> Tensor:
     """Return the training loss in nats per token, a scalar."""
-    return shifted_loss(model, x0, shifted(x0, model.config.mask_id))
+    return twin_nll(model, x0).mean()
 
 
 @torch.no_grad()
