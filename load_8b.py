@@ -69,8 +69,7 @@ def options() -> Namespace:
                    "the model computes; they are named")  # fmt: skip
     p.add_argument("--mask-id", type=int, help="the id of [MASK], if neither config.json nor the tokenizer tells it")
     p.add_argument("--tokenizer", type=Path, metavar="DIR", help="take tokenizer and chat template from here")
-    args = parse(p)
-    return args
+    return parse(p)
 
 
 def amount(number: float) -> str:

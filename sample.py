@@ -11,9 +11,18 @@ if __name__ == "__main__":  # importing PyTorch takes seconds
     if sys.stderr and sys.stderr.isatty():
         print("loading…", end="\r", file=sys.stderr, flush=True)
 
-from minillada.commands.ask import DTYPES, add_questions, answer_file, defaults_of, files_of, make_talker, parse
-
-from minillada.commands.ask import question, quick_dtype, show  # isort: skip
+from minillada.commands.ask import (
+    DTYPES,
+    add_questions,
+    answer_file,
+    defaults_of,
+    files_of,
+    make_talker,
+    parse,
+    question,
+    quick_dtype,
+    show,
+)
 from minillada.commands.chat import chat
 from minillada.commands.cli import Parser, here, run
 from minillada.sampler import stream
