@@ -43,6 +43,8 @@ WAYS |= {f"threshold:{p}": {"commit": f"threshold:{p}"} for p in (0.5, 0.7, 0.9)
 STUDENTS: dict[str, dict] = {  # what goes on from the teacher
     "SFT": {"objective": "sft"},
     "jump": {"objective": "distil"},
+    "certainty": {"objective": "distil", "certainty": 2.0},
+    "consistency": {"objective": "distil", "consistency": 1.0},
 }
 
 
@@ -123,7 +125,7 @@ def measure_task(args: Namespace, name: str, seed: int) -> dict:
     """open4, sudoku4: how much is right in few evaluations. Of open4, "clues" are new questions about known boards."""
     out, task = args.runs / name, make_task(name, 8192, n_test=2 * args.questions)
     runs = {"teacher": teach(out, task, "\n.=1234", seed)}
-    for student in ("jump",) if name == "open4" else ("SFT", "jump"):
+    for student in args.students or (("jump",) if name == "open4" else ("SFT", "jump")):
         runs[student] = follow_teacher(out, task, student, runs["teacher"], seed)
     seconds = {who: json.loads(path.with_suffix(".json").read_text())["seconds"] for who, path in runs.items()}
     found: dict = {"seconds": seconds}
@@ -214,6 +216,7 @@ def main() -> None:
     p.add_argument("--first", type=int, default=0, help="number of the first of them (default: 0)")
     p.add_argument("--runs", type=Path, default=Path("runs/few_steps"), help="where trainings are kept")
     p.add_argument("--questions", type=int, default=500, help="of each kind (default: 500)")
+    p.add_argument("--students", nargs="+", choices=STUDENTS, help="of open4 and sudoku4 (default: jump; SFT too)")
     p.add_argument("--draw", type=Path, metavar="PNG", help="open4: a picture of the results in --out")
     args = p.parse_args()
     check_one_of("what", args.what, EXPERIMENTS)
