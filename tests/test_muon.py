@@ -1,8 +1,9 @@
-"""Our Muon is PyTorch's, in the dtype that the device is quick in."""
+"""Our Muon is PyTorch's with other polynomials, in the dtype that the device is quick in."""
 
 import pytest
 import torch
 
+from minillada.training import muon
 from minillada.training.muon import Muon
 
 SHAPES = [(8, 8), (8, 8), (24, 8), (8, 24)]
@@ -21,11 +22,25 @@ def stepped(make, steps=4):
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 1e-6), (torch.float32, 2e-3)])
-def test_it_steps_as_pytorchs_does(dtype, error):
+def test_with_pytorchs_polynomial_it_steps_as_pytorchs_does(dtype, error, monkeypatch):
+    monkeypatch.setattr(muon, "POLYNOMIALS", [(3.4445, -4.7750, 2.0315)] * 5)
     theirs = stepped(lambda groups: torch.optim.Muon(groups, lr=0.02, weight_decay=0.1))
     ours = stepped(lambda groups: Muon(groups, 0.02, 0.1, dtype))
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, atol=error)
+
+
+def test_each_polynomial_is_the_best_for_where_the_one_before_leaves_singular_values():
+    low, high = 0.01, 1.0
+    for a, b, c in muon.POLYNOMIALS:
+        s = torch.linspace(low, high, 100_001, dtype=torch.double)
+        away = a * s + b * s**3 + c * s**5 - 1
+        turns = away[1:-1][(away[1:-1] - away[:-2]) * (away[2:] - away[1:-1]) <= 0]
+        extremes = torch.cat([away[:1], turns, away[-1:]])
+        signs = torch.tensor([-1.0, 1.0, -1.0, 1.0])  # four equal errors in turn: no other quintic has smaller ones
+        torch.testing.assert_close(extremes, signs * away.abs().max(), atol=2e-3, rtol=0, check_dtype=False)
+        low, high = 1 - away.abs().max().item(), 1 + away.abs().max().item()
+    assert (low, high) == pytest.approx((0.73, 1.27), abs=0.005)
 
 
 def test_an_update_has_singular_values_near_one():
