@@ -24,7 +24,6 @@ import torch
 from torch import Generator, Tensor
 
 from minillada.diffusion import Noised, random_length, sample_t
-from minillada.model import LLaDA
 from minillada.text.ids import validation_batch
 from minillada.train import Ways, learn
 from minillada.training.config import TrainConfig
@@ -66,18 +65,18 @@ def follow(made: Made, evaluations: int = 25) -> Iterator[tuple[float, float, in
 
 def measure(
     name: str, config: TrainConfig, objective: type[TextPretraining] = TextPretraining,
-    begin: Callable[[LLaDA], None] | None = None,
+    begin: Callable[[Made], None] | None = None,
 ) -> dict:  # fmt: skip
     """One run: its last and its best bound, its size and speed, and the curve [[seconds, bound, step], ...].
 
-    objective: what it learns by, if not that of every run; begin: what to do to the model before it learns.
+    objective: what it learns by, if not that of every run; begin: what to do to it before it learns.
     """
     made = make(config)
     if objective is not TextPretraining:
         c = made.model.config
         made = made._replace(objective=objective(made.text, made.config, c.mask_id, vocab_size=c.vocab_size))
     if begin:
-        begin(made.model)
+        begin(made)
     curve = [[round(seconds, 2), round(bound, 4), step] for seconds, bound, step in follow(made)]
     seconds, bound, step = curve[-1]
     speed = round(step * config.batch_size * config.length / seconds)

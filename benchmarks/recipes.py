@@ -13,7 +13,7 @@ processor's.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,9 +24,9 @@ from torch import Generator, Tensor, nn
 from minillada.diffusion import Noised, exact_count, sample_t
 from minillada.files import write_json
 from minillada.measure.blocks import beside
-from minillada.measure.twin import causal
-from minillada.model import LLaDA
+from minillada.measure.twin import causal, twin_loss
 from minillada.training.config import PRESETS, TrainConfig
+from minillada.training.making import Made
 from minillada.training.pretraining import TextPretraining
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -51,10 +51,10 @@ RECIPES: dict[str, dict] = {
 }
 
 
-def plainly(model: LLaDA) -> None:
+def plainly(made: Made) -> None:
     """Begin with the same deviation everywhere, as GPT-2 does."""
     rng = torch.Generator().manual_seed(0)
-    for p in model.parameters():
+    for p in made.model.parameters():
         if p.dim() > 1:
             nn.init.normal_(p, std=0.02, generator=rng)
 
@@ -79,34 +79,61 @@ DETAILS: dict[str, dict] = {  # the same; `objective` and `begin` are of curves.
 }
 
 
-def zero_outputs(model: LLaDA) -> None:
+def zero_outputs(made: Made) -> None:
     """Begin with layers that add nothing to the stream."""
-    for name, p in model.named_parameters():
+    for name, p in made.model.named_parameters():
         if name.endswith(("attn.o.weight", "down.weight")):
             nn.init.zeros_(p)
 
 
-def soft_cap(model: LLaDA) -> None:
+def soft_cap(made: Made) -> None:
     """Keep logits between -15 and 15, as Gemma 2 does. The official code cannot read such a model."""
-    model.head.register_forward_hook(lambda head, x, logits: 15 * (logits / 15).tanh())
+    made.model.head.register_forward_hook(lambda head, x, logits: 15 * (logits / 15).tanh())
 
 
-def squared_relu(model: LLaDA) -> None:
+def squared_relu(made: Made) -> None:
     """Square a ReLU in place of SwiGLU. The official code cannot read such a model."""
-    for layer in model.layers:
+    for layer in made.model.layers:
         layer.ffn.up.requires_grad_(False)
         layer.ffn.forward = lambda x, mlp=layer.ffn: mlp.down(F.relu(mlp.gate(x)).square())
 
 
-def drop_embedding(model: LLaDA) -> None:
+def drop_embedding(made: Made) -> None:
     """Leave out a tenth of what embeds a token, in training."""
-    model.embed.register_forward_hook(lambda embed, tokens, x: F.dropout(x, 0.1, torch.is_grad_enabled()))
+    made.model.embed.register_forward_hook(lambda embed, tokens, x: F.dropout(x, 0.1, torch.is_grad_enabled()))
 
 
-def drop_outputs(model: LLaDA) -> None:
+def drop_outputs(made: Made) -> None:
     """Leave out a tenth of what attention and feed-forwards return, in training."""
-    for part in (part for layer in model.layers for part in (layer.attn, layer.ffn)):
+    for part in (part for layer in made.model.layers for part in (layer.attn, layer.ffn)):
         part.register_forward_hook(lambda part, x, y: F.dropout(y, 0.1, torch.is_grad_enabled()))
+
+
+def value_embeddings(made: Made) -> None:
+    """Add a second embedding of the token to the values of every layer. The official code cannot read such a model."""
+    c = made.model.config
+    extra = nn.Embedding(c.embedding_size, c.n_kv_head * c.d_head)
+    nn.init.zeros_(extra.weight)
+    made.optimizers[1].add_param_group({"params": [extra.weight], "initial_lr": made.config.adam_lr})
+    seen: list[Tensor] = []
+    made.model.embed.register_forward_hook(lambda embed, tokens, x: seen.__setitem__(slice(None), [extra(tokens[0])]))
+    for layer in made.model.layers:
+        layer.attn.v.register_forward_hook(lambda v, x, values: values + seen[0])
+
+
+def decay_rest(made: Made) -> None:
+    """Let the embedding and the head decay too."""
+    for group in made.optimizers[1].param_groups:
+        group["weight_decay"] = made.config.weight_decay
+
+
+def slower_attention(made: Made) -> None:
+    """Give the matrices of attention half of the rate."""
+    (group,) = made.optimizers[0].param_groups
+    attention = {p for layer in made.model.layers for p in layer.attn.parameters()}
+    of_attention = [p for p in group["params"] if p in attention]
+    group["params"] = [p for p in group["params"] if p not in attention]
+    made.optimizers[0].add_param_group({"params": of_attention, "initial_lr": made.config.lr / 2})
 
 
 class Complementary(TextPretraining):
@@ -152,11 +179,37 @@ class Short(TextPretraining):
         return super().losses(model, batch.reshape(-1, batch.shape[1] // (1 + (self.progress < 0.5))), rng)
 
 
+class Growing(TextPretraining):
+    """Take a quarter of the rows of a batch at first, and all of them from half of the training on."""
+
+    def losses(self, model: nn.Module, batch: Tensor, rng: Generator) -> Iterator[Tensor]:
+        share = min(1.0, 0.25 + 1.5 * self.progress)
+        return super().losses(model, batch[: max(1, round(share * len(batch)))], rng)
+
+
+class Conversion(TextPretraining):
+    """Go from left to right, then in blocks of 4, of 16, and at last with full attention."""
+
+    def losses(self, model: nn.Module, batch: Tensor, rng: Generator) -> Iterator[Tensor]:
+        self.block = 4 if self.progress < 0.3 else 16 if self.progress < 0.4 else 0
+        yield from super().losses(model, batch, rng)
+        self.block = 0
+
+
+class AlsoTwin(TextPretraining):
+    """After the beginning too, let an eighth of the rows go from left to right."""
+
+    def losses(self, model: nn.Module, batch: Tensor, rng: Generator) -> Iterator[Tensor]:
+        if self.progress >= self.config.twin:
+            ahead, batch = batch.split([len(batch) // 8, len(batch) - len(batch) // 8])
+            yield twin_loss(model, ahead) / 8
+        yield from super().losses(model, batch, rng)
+
+
 class First(TextPretraining):
     """Begin with another loss, for as long as a training would begin as the twin."""
 
-    def first_loss(self, model: nn.Module, x0: Tensor, rng: Generator) -> Tensor:
-        raise NotImplementedError
+    first_loss: Callable[[nn.Module, Tensor, Generator], Tensor]
 
     def losses(self, model: nn.Module, batch: Tensor, rng: Generator) -> Iterator[Tensor]:
         first = self.progress < self.config.twin
@@ -220,6 +273,21 @@ SEARCH: dict[str, dict] = {  # the same; `objective` and `begin` are of curves.m
     "dropout 0.1": {"begin": drop_outputs},
     "a twentieth of the given tokens wrong": {"objective": Wrong},
     "rate 0.02": {"lr": 0.02},
+    "weight decay 0.3": {"weight_decay": 0.3},
+    "weight decay 1": {"weight_decay": 1.0},
+    "the embedding and the head decay too": {"begin": decay_rest},
+    "half of the rate for attention": {"begin": slower_attention},
+    "value embeddings": {"begin": value_embeddings},
+    "4 heads": {"model": {**TINY, "n_head": 4}},
+    "8 heads": {"model": {**TINY, "n_head": 8}},
+    "8,192 merged tokens": {"tokenizer": "bpe:8192"},
+    "2,048 merged tokens": {"tokenizer": "bpe:2048"},
+    "4 × 256 tokens a step": {"batch_size": 4, "length": 256},
+    "more and more rows, up to 16": {"batch_size": 16, "objective": Growing},
+    "then blocks of 4 and of 16": {"objective": Conversion},
+    "an eighth of the rows from left to right": {"objective": AlsoTwin},
+    "the rate falls in the last seven tenths": {"decay": 0.7},
+    "initial deviation 0.02 everywhere": {"begin": plainly},
 }
 
 

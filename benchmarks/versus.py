@@ -316,6 +316,8 @@ def measure_gap(args: Namespace) -> None:
     characters = size * text.tokens.characters_per_token
     bars, runs = {}, {}
     for name, changes in LEARNED.items():
+        if name not in (args.models or LEARNED):
+            continue
         runs[name] = learn_text(args, text, name, curve=False, minutes=minutes, **changes)
         model = load(args.out / runs[name]["model"])[0]
         if name == "twin":
@@ -591,6 +593,7 @@ def main() -> None:
         "--lr", type=float, nargs="+", default=[1.0], help="text: the twin's rates, as multiples (default: 1)"
     )
     p.add_argument("--windows", type=int, default=16, help="gap: of the text, written in every order (default: 16)")
+    p.add_argument("--models", nargs="+", choices=LEARNED, help="gap: of these, the twin among them (default: all)")
     p.add_argument("--size", type=int, default=4, help="sudoku: 4 or 9 (default: 4)")
     p.add_argument("--questions", type=int, default=500, help="tales, reversal, sudoku: of the test; errors: estimates")
     p.add_argument("--run", type=Path, default=Path("runs/docs-tiny-1"), help="errors: of the data docs")
