@@ -201,8 +201,9 @@ class AlsoTwin(TextPretraining):
 
     def losses(self, model: nn.Module, batch: Tensor, rng: Generator) -> Iterator[Tensor]:
         if self.progress >= self.config.twin:
-            ahead, batch = batch.split([len(batch) // 8, len(batch) - len(batch) // 8])
-            yield twin_loss(model, ahead) / 8
+            n = max(1, len(batch) // 8)
+            yield twin_loss(model, batch[:n]) / 8
+            batch = batch[n:]
         yield from super().losses(model, batch, rng)
 
 
