@@ -337,6 +337,7 @@ def main() -> None:
         found = measure(name, config, **how)
         if args.search:
             trained = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes"
+            trained += f", {args.threads} cores" if args.threads > 1 else ""
             row = {"name": name, "trained": trained, "seed": args.seed}
             found_before.append(row | {key: found[key] for key in ("steps", "bound", "on_training_text", "precision")})
             write_json(SEARCHED, found_before)
