@@ -138,6 +138,13 @@ def test_two_boards_fill_beside_each_other(call):
     assert top.count("┌") == 2
 
 
+def test_no_cell_is_an_end_of_text(call, monkeypatch):
+    puzzle = make_task("sudoku4", 0, 8, 40).test[17]  # in reading order the model would end the text in a cell
+    monkeypatch.setattr(play, "telling", lambda player: (puzzle, "One of 1,750 boards."))
+    code, out, _ = call(play, "sudoku")
+    assert code == 0 and "EOS" not in out and out.count("cells wrong") + out.count("solved") == 2
+
+
 def test_a_board_is_drawn_with_its_boxes():
     lines = board_lines([(str(i % 4 + 1), "") for i in range(16)])
     assert lines == ["┌─────┬─────┐", *["│ 1 2 │ 3 4 │"] * 2, "├─────┼─────┤", *["│ 1 2 │ 3 4 │"] * 2, "└─────┴─────┘"]

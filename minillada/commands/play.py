@@ -148,7 +148,8 @@ def board_row(player: Player, puzzle: Example) -> list[int]:
     return player.tokenizer.encode(puzzle.prompt) + clues
 
 
-ORDERS: dict[str, dict] = {"surest cell first": {}, "in reading order": {"block_len": 1}}
+CELLS = {"ban_eos": True}  # rarely, it would write an end of text into a cell
+ORDERS: dict[str, dict] = {"surest cell first": CELLS, "in reading order": {**CELLS, "block_len": 1}}
 
 
 def solutions(player: Player, puzzles: list[Example], **more: object) -> list[bool]:
