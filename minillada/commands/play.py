@@ -148,8 +148,8 @@ def board_row(player: Player, puzzle: Example) -> list[int]:
     return player.tokenizer.encode(puzzle.prompt) + clues
 
 
-CELLS = {"ban_eos": True}  # rarely, it would write an end of text into a cell
-ORDERS: dict[str, dict] = {"surest cell first": CELLS, "in reading order": {**CELLS, "block_len": 1}}
+NO_END = {"ban_eos": True}  # rarely, it would write an end of text into a cell
+ORDERS: dict[str, dict] = {"surest cell first": NO_END, "in reading order": {**NO_END, "block_len": 1}}
 
 
 def solutions(player: Player, puzzles: list[Example], **more: object) -> list[bool]:

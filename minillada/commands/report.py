@@ -14,7 +14,7 @@ from ..show.plots import loss_curve
 from ..text.tales import entropy_per_character, flawless, is_tale, mistake
 from ..text.tasks import make_task
 from .cli import Parser, newest_run, run, say
-from .play import CELLS, ORDERS, Player, solutions
+from .play import NO_END, ORDERS, Player, solutions
 
 FAST = {"commit": "threshold:0.9", "remasking": "low_confidence", "temperature": 0.0, "block_len": 32}
 DECODINGS = {  # name -> fields of SampleConfig
@@ -38,7 +38,7 @@ def written(player: Player, n: int, **more: object) -> tuple[list[str], float]:
 def solved(player: Player, n: int) -> dict[str, float]:
     """Return the share of unseen boards that are solved in each order."""
     puzzles = make_task("sudoku4", 0, player.args.seed, n).test
-    orders = {**ORDERS, "in random order": {**CELLS, "remasking": "random"}}
+    orders = {**ORDERS, "in random order": {**NO_END, "remasking": "random"}}
     return {order: fmean(solutions(player, puzzles, **more)) for order, more in orders.items()}
 
 
