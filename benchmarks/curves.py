@@ -74,7 +74,8 @@ def measure(
     made = make(config)
     if objective is not TextPretraining:
         c = made.model.config
-        made = made._replace(objective=objective(made.text, made.config, c.mask_id, vocab_size=c.vocab_size))
+        anew = objective(made.text, made.config, c.mask_id, vocab_size=c.vocab_size, spellings=made.objective.spellings)
+        made = made._replace(objective=anew)
     if begin:
         begin(made)
     curve = [[round(seconds, 2), round(bound, 4), step] for seconds, bound, step in follow(made)]

@@ -79,6 +79,11 @@ DETAILS: dict[str, dict] = {  # the same; `objective` and `begin` are of curves.
 }
 
 
+def randomly(made: Made) -> None:
+    """Begin with embeddings that know nothing of spelling."""
+    nn.init.normal_(made.model.embed.weight, generator=torch.Generator().manual_seed(0))
+
+
 def zero_outputs(made: Made) -> None:
     """Begin with layers that add nothing to the stream."""
     for name, p in made.model.named_parameters():
@@ -242,10 +247,16 @@ class AnyOrder(First):
         return F.cross_entropy(logits, x0.flatten())
 
 
-BEFORE = {"twin": 0.0, "t_min": 0.0}  # the recipe until November 2026
+UNSPELLED = {"bpe_dropout": 0.0, "begin": randomly}  # the recipe until 25 November 2026
+BEFORE = {**UNSPELLED, "twin": 0.0, "t_min": 0.0}  # and that until 20 November
 SEARCH: dict[str, dict] = {  # the same; `objective` and `begin` are of curves.measure
+    "the default": {},
+    "random vectors at first": {"begin": randomly},
+    "BPE-dropout 0": {"bpe_dropout": 0.0},
+    "BPE-dropout 0.01": {"bpe_dropout": 0.01},
+    "BPE-dropout 0.05": {"bpe_dropout": 0.05},
     "before": BEFORE,
-    "before, outputs begin at zero": {**BEFORE, "begin": zero_outputs},
+    "before, outputs begin at zero": {**BEFORE, "begin": lambda made: (randomly(made), zero_outputs(made))},
     "before, complementary masks of all levels": {**BEFORE, "objective": AllComplementary},
     "before, rate 0.02": {**BEFORE, "lr": 0.02},
     "before, levels above 0.1": {**BEFORE, "t_min": 0.1},
@@ -254,12 +265,13 @@ SEARCH: dict[str, dict] = {  # the same; `objective` and `begin` are of curves.m
     "before, half from left to right": {**BEFORE, "twin": 0.5},
     "before, a third from both sides": {**BEFORE, "twin": 0.33, "objective": BothWays},
     "before, a fifth in a random order": {**BEFORE, "twin": 0.2, "objective": AnyOrder},
+}
+ON_TOP: dict[str, dict] = {  # of the recipe that is there
     "a third from left to right, levels above 0.1": {"twin": 0.33, "t_min": 0.1},
     "a tenth from left to right, levels above 0.1": {"twin": 0.1, "t_min": 0.1},
     "levels above 0.1": {"t_min": 0.1},
     "levels above 0.1, rate 0.02": {"t_min": 0.1, "lr": 0.02},
     "levels above 0.1, 4 heads": {"t_min": 0.1, "model": {**TINY, "n_head": 4}},
-    "the default": {},
     "levels above 0.3": {"t_min": 0.3},
     "complementary masks": {"objective": Complementary},
     "outputs begin at zero": {"begin": zero_outputs},
@@ -290,6 +302,16 @@ SEARCH: dict[str, dict] = {  # the same; `objective` and `begin` are of curves.m
     "the rate falls in the last seven tenths": {"decay": 0.7},
     "initial deviation 0.02 everywhere": {"begin": plainly},
 }
+
+
+def unspelled(changes: dict) -> dict:
+    """Return the same changes, made to the recipe before spelling."""
+    begin = changes.get("begin", lambda made: None)
+    return {**changes, **UNSPELLED, "begin": lambda made: (randomly(made), begin(made))}
+
+
+SEARCH |= ON_TOP | {f"unspelled, {name}": unspelled(changes) for name, changes in ON_TOP.items()}
+SEARCH["unspelled"] = UNSPELLED
 
 
 def table(rows: list[dict]) -> Iterator[str]:

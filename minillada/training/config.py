@@ -47,7 +47,11 @@ CHECKS = (
     (check_whole, ("seed",), (0, 2**63 - 1)),
     (check_number, ("balance", "z_loss", "bias_rate", "sft_share", "temperature", "certainty", "consistency"), (0,)),
     (check_number, ("lr", "adam_lr", "clip", "beta", "ratio_clip"), (TINY,)),
-    (check_number, ("warmup", "decay", "weight_decay", "errors", "prompt_mask", "ema", "twin", "t_min"), (0, 1)),
+    (
+        check_number,
+        ("warmup", "decay", "weight_decay", "errors", "prompt_mask", "ema", "twin", "t_min", "bpe_dropout"),
+        (0, 1),
+    ),
     (check_one_of, ("optimizer",), (("muon", "adamw"),)),
     (check_one_of, ("process",), (PROCESSES,)),
     (check_one_of, ("precision",), (("auto", "float32", "bfloat16"),)),
@@ -122,6 +126,7 @@ class TrainConfig(RunConfig):
     start: str | None = None  # the run or model directory to go on from, with its tokenizer; None: a new model
     twin: float | None = None  # share of the training that goes from left to right; None: a fifth, or 0 with `start`
     t_min: float = 0.2  # masking levels above it are trained, unless in blocks
+    bpe_dropout: float | None = None  # of merges, in windows (`spelling.py`); None: 0.02, or 0 with `start`
     errors: float = 0.0  # share of the given tokens that are replaced by random ones and predicted too (LLaDA2.1)
     bias_rate: float = 0.0  # what a sigmoid router's biases move by in each step; then leave balance out
 
@@ -129,14 +134,14 @@ class TrainConfig(RunConfig):
         check_one_of("preset", self.preset, [name for name in PRESETS if "train" in PRESETS[name]])
         preset, known = PRESETS[self.preset], corpus(self.data)
         common = {"optimizer": "muon", "lr": 0.01, "adam_lr": 0.003, "rows": "windows", "sampling": known.sampling,
-                  "twin": 0.2}  # fmt: skip
+                  "twin": 0.2, "bpe_dropout": 0.02}  # fmt: skip
         if self.start:  # a trained model brings its tokenizer and its sizes, and needs smaller steps
             if self.tokenizer or self.model:
                 given = self.tokenizer or self.model
                 raise BadInput(
                     f"tokenizer, model: expected none beside a model to begin with, got {given}; leave it out"
                 )
-            common |= {"lr": 0.003, "adam_lr": 0.0009, "twin": 0.0}
+            common |= {"lr": 0.003, "adam_lr": 0.0009, "twin": 0.0, "bpe_dropout": 0.0}
         own = known.train if (self.preset, self.tokenizer, self.length) == ("tiny", None, None) else {}
         found = {**common, "model": preset["model"], **preset["train"], **own}
         return {**found, "model": None, "tokenizer": None} if self.start else found
@@ -292,7 +297,8 @@ def config_of(document: dict) -> RunConfig:
             what = f"run.json: expected {name} to be {kind_told}, got {fields[name]!r:.80}"
             raise BadInput(f"{what}; undo that change, or begin another run")
     later = {"sampling": {}} | ({"errors": 0.0} if hasattr(kind, "errors") else {})  # what older runs do not have
-    later |= {"rows": "windows", "block": None, "start": None, "twin": 0.0, "t_min": 0.0} if kind is TrainConfig else {}
+    if kind is TrainConfig:
+        later |= {"rows": "windows", "block": None, "start": None, "twin": 0.0, "t_min": 0.0, "bpe_dropout": 0.0}
     fields = later | fields
     if others := fields.keys() ^ {field.name for field in dataclasses.fields(kind)}:
         what = f"run.json: expected the fields of {kind.__name__}"

@@ -29,6 +29,7 @@ from .optim import choose_precision, make_optimizers, recompute
 from .pretraining import TextPretraining, examples_of
 from .rewards import RISK, Rewards, ask
 from .sft import SFT, Items, dialogue, read_items, teach
+from .spelling import Spellings, spelled
 from .vrpo import VRPO, compared
 
 
@@ -51,11 +52,13 @@ class Made(NamedTuple):
 
 
 def make_model(config: TrainConfig, tokenizer: Tokenizer, rng: Generator) -> LLaDA:
-    """Return a new model with random weights."""
+    """Return a new model with random weights, in which tokens that are spelled alike begin alike."""
     ids = {"mask_id": tokenizer.mask_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     sizes = config.model if config.block is None else config.model | {"block": config.block}
     model = LLaDA(ModelConfig(vocab_size=tokenizer.vocab_size, max_len=config.length, **ids, **sizes))
     model.init_weights(rng)
+    embedding = model.embed.weight.data[: tokenizer.vocab_size]
+    embedding.copy_(spelled(tokenizer, embedding.shape[1], rng) * embedding.std())
     return model
 
 
@@ -127,10 +130,12 @@ def begin_average(config: RunConfig, text: Tokens, saved: dict) -> LLaDA | None:
     return average
 
 
-def begin_objective(config: RunConfig, text: Tokens, c: ModelConfig, average: LLaDA | None = None) -> Objective:
+def begin_objective(
+    config: RunConfig, text: Tokens, c: ModelConfig, average: LLaDA | None = None, spellings: Spellings | None = None
+) -> Objective:
     """Return what a config asks to learn, balanced if there are experts."""
     if isinstance(config, TrainConfig):
-        objective = TextPretraining(text, config, c.mask_id, c.eos_id, c.block, c.vocab_size)
+        objective = TextPretraining(text, config, c.mask_id, c.eos_id, c.block, c.vocab_size, spellings)
     elif isinstance(config, SFTConfig):
         objective = SFT(text, config, c)
     elif isinstance(config, RewardConfig):
@@ -171,7 +176,8 @@ def make(config: RunConfig, newest: Path | None = None, saved: dict | None = Non
             check_beginning(saved, text, base, config)
         model = with_album(begin_model(config, saves, rng, newest, saved), getattr(text, "album", ()))
         average = begin_average(config, text, saved)
-        objective = begin_objective(config, text, model.config, average)
+        spellings = Spellings(saves, config.bpe_dropout, config.seed) if getattr(config, "bpe_dropout", 0) else None
+        objective = begin_objective(config, text, model.config, average, spellings)
     trained = adapters(model) if getattr(config, "lora", 0) else model
     called = spread(recompute(model) if config.recompute else model, config)
     optimizers = make_optimizers(model, config)

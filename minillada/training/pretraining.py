@@ -20,6 +20,7 @@ from .config import RunConfig, TrainConfig
 from .distributed import reduce, share, shares
 from .edits import with_errors
 from .optim import evaluation
+from .spelling import Spellings
 
 LEVELS = 10  # equal bins of (0,1]
 
@@ -49,7 +50,7 @@ class TextPretraining(Pretraining):
 
     def __init__(
         self, text: Tokens, config: TrainConfig, mask_id: int, eos_id: int | None = None, block: int = 0,
-        vocab_size: int = 0,
+        vocab_size: int = 0, spellings: Spellings | None = None,
     ) -> None:  # fmt: skip
         size = config.batch_size, config.length, config.seed
         if config.rows == "documents":
@@ -58,9 +59,11 @@ class TextPretraining(Pretraining):
             held = document_rows(text.val, val[np.linspace(0, len(val) - 1, 128).astype(int)], config.length)
         else:
             draw, held = partial(batches, text.train, *size), validation_batch(text.val, 128, config.length)
+            draw = partial(spellings.batches, draw) if spellings is not None else draw
         process = PROCESSES[config.process]
         super().__init__(draw, held, mask_id, process if block else above(config.t_min, process))
         self.text, self.config, self.block, self.vocab_size, self.progress = text, config, block, vocab_size, 0.0
+        self.spellings = spellings
         self.given = int(config.rows == "documents")  # columns that are never hidden: the end of text in front
 
     def maskable(self, x0: Tensor) -> Tensor | None:
