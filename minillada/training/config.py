@@ -47,11 +47,8 @@ CHECKS = (
     (check_whole, ("seed",), (0, 2**63 - 1)),
     (check_number, ("balance", "z_loss", "bias_rate", "sft_share", "temperature", "certainty", "consistency"), (0,)),
     (check_number, ("lr", "adam_lr", "clip", "beta", "ratio_clip"), (TINY,)),
-    (
-        check_number,
-        ("warmup", "decay", "weight_decay", "errors", "prompt_mask", "ema", "twin", "t_min", "bpe_dropout"),
-        (0, 1),
-    ),
+    (check_number, ("warmup", "decay", "weight_decay", "errors", "prompt_mask", "ema"), (0, 1)),
+    (check_number, ("twin", "t_min", "bpe_dropout"), (0, 1)),
     (check_one_of, ("optimizer",), (("muon", "adamw"),)),
     (check_one_of, ("process",), (PROCESSES,)),
     (check_one_of, ("precision",), (("auto", "float32", "bfloat16"),)),
