@@ -81,7 +81,8 @@ DETAILS: dict[str, dict] = {  # the same; `objective` and `begin` are of curves.
 
 def randomly(made: Made) -> None:
     """Begin with embeddings that know nothing of spelling."""
-    nn.init.normal_(made.model.embed.weight, generator=torch.Generator().manual_seed(0))
+    embedding = made.model.embed.weight
+    nn.init.normal_(embedding, std=embedding.std().item(), generator=torch.Generator().manual_seed(0))
 
 
 def zero_outputs(made: Made) -> None:
@@ -247,8 +248,8 @@ class AnyOrder(First):
         return F.cross_entropy(logits, x0.flatten())
 
 
-UNSPELLED = {"bpe_dropout": 0.0, "begin": randomly}  # the recipe until 25 November 2026
-BEFORE = {**UNSPELLED, "twin": 0.0, "t_min": 0.0}  # and that until 20 November
+UNSPELLED = {"bpe_dropout": 0.0, "begin": randomly}  # the recipe before it used spelling
+BEFORE = {**UNSPELLED, "twin": 0.0, "t_min": 0.0}  # and that before it began as the twin
 SEARCH: dict[str, dict] = {  # the same; `objective` and `begin` are of curves.measure
     "the default": {},
     "random vectors at first": {"begin": randomly},
