@@ -26,7 +26,7 @@ from minillada.training.run import RunStep, train
 from minillada.weights.device import pick_device
 
 EXAMPLES = """examples:
-  python train_tiny.py                  three minutes on Python's own reference
+  python train_tiny.py                  a few minutes on Python's own reference
   python train_tiny.py --preset nano    seconds, to see that everything works
   python train_tiny.py --data tales     little stories, without a download
   python train_tiny.py --data my_novel.txt --minutes 10          your own text

@@ -267,7 +267,7 @@ SEARCH: dict[str, dict] = {  # the same; `objective` and `begin` are of curves.m
     "before, a third from both sides": {**BEFORE, "twin": 0.33, "objective": BothWays},
     "before, a fifth in a random order": {**BEFORE, "twin": 0.2, "objective": AnyOrder},
 }
-ON_TOP: dict[str, dict] = {  # of the recipe that is there
+ON_TOP: dict[str, dict] = {  # what differs from the default; and once more, from the recipe before spelling
     "a third from left to right, levels above 0.1": {"twin": 0.33, "t_min": 0.1},
     "a tenth from left to right, levels above 0.1": {"twin": 0.1, "t_min": 0.1},
     "levels above 0.1": {"t_min": 0.1},

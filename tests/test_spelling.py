@@ -50,20 +50,20 @@ def test_a_new_model_begins_with_them_at_the_deviation_that_it_had(tie_head):
 def test_every_spelling_is_of_the_same_text():
     spellings = Spellings(BPE, 0.3, seed=0)
     for id in range(BPE.vocab_size):
-        spellings.meet(id)
-        assert {BPE.inner.decode(s, skip_special_tokens=False) for s in spellings.of[id]} == {
+        spellings.draw(id)
+        assert {BPE.inner.decode(s, skip_special_tokens=False) for s in spellings.variants[id]} == {
             BPE.inner.decode([id], skip_special_tokens=False)
         }
-    assert spellings.other.any() and not spellings.other[sorted(BPE.special_ids)].any()
+    assert spellings.differs.any() and not spellings.differs[sorted(BPE.special_ids)].any()
 
 
 def test_no_dropout_leaves_tokens_and_full_dropout_leaves_bytes():
     whole, apart = Spellings(BPE, 0.0, seed=0), Spellings(BPE, 1.0, seed=0)
     (id,) = BPE.encode(" return")
     for spellings in (whole, apart):
-        spellings.meet(id)
-    assert whole.of[id] == [[id]] * VARIANTS
-    assert apart.of[id] == [[BPE.encode(c)[0] for c in " return"]] * VARIANTS
+        spellings.draw(id)
+    assert whole.variants[id] == [[id]] * VARIANTS
+    assert apart.variants[id] == [[BPE.encode(c)[0] for c in " return"]] * VARIANTS
 
 
 def test_a_token_of_one_merge_is_split_as_often_as_that_is_left_out():

@@ -1,6 +1,7 @@
-"""Use how tokens are spelled: those spelled alike begin alike, and a text is not always spelled in the same way.
+"""Use how tokens are spelled, to learn more from a small text: give new models similar embeddings for tokens of similar
+spelling, and split some tokens of the training text into others (BPE-dropout).
 
-A small text shows most tokens a few times only. What it shows of " spell" then serves " spelled" and "spell" too.
+A small text has most tokens a few times only. What a model learns about " return" then helps with " returns" too.
 """
 
 import json
@@ -18,8 +19,8 @@ VARIANTS = 16  # spellings of a token that are drawn from
 
 
 def spelled(tokenizer: Tokenizer, width: int, rng: Generator) -> Tensor:
-    """Return a vector for each token, (V,width) with deviation 1: the sum of random vectors of the one to four
-    neighbouring characters that it has, as fastText does for words (arXiv:1607.04606, section 3.2)."""
+    """Return a vector for each token, (V,width) with deviation 1: the sum of a random vector for every run of one to
+    four characters in it, with a blank at both ends, as fastText has for words (arXiv:1607.04606, section 3.2)."""
     tokens = [f" {tokenizer.inner.id_to_token(id) or id} " for id in range(tokenizer.vocab_size)]
     grams = [[t[i : i + n] for n in range(1, 5) for i in range(len(t) - n + 1) if t[i : i + n] != " "] for t in tokens]
     number = {gram: i for i, gram in enumerate(dict.fromkeys(gram for each in grams for gram in each))}
@@ -40,8 +41,8 @@ class Spellings:
         self.id_of = model["vocab"] if merges else {}
         self.token_of = {id: token for token, id in self.id_of.items() if id not in tokenizer.special_ids}
         self.dropout, self.seed = dropout, seed
-        self.of: dict[int, list[list[int]]] = {}  # the spellings of each token that was met
-        self.other = np.zeros((tokenizer.vocab_size, VARIANTS), bool)  # which of them are not the token itself
+        self.variants: dict[int, list[list[int]]] = {}  # of each token that a batch had so far
+        self.differs = np.zeros((tokenizer.vocab_size, VARIANTS), bool)  # whether they are not the token itself
 
     def spell(self, token: str, dropout: float, rng: Random) -> list[int]:
         """Return the ids that stand for this token, with some merges left out."""
@@ -55,21 +56,21 @@ class Spellings:
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         return [self.id_of[part] for part in parts]
 
-    def meet(self, id: int) -> None:
-        """Find the spellings of a token, which depend on the seed and on the token alone."""
+    def draw(self, id: int) -> None:
+        """Draw the spellings of a token; they depend on the seed and on the token alone."""
         rng, token = Random(f"{self.seed} {id}"), self.token_of.get(id)
         merged = token is not None and self.spell(token, 0.0, rng) == [id]
-        self.of[id] = [self.spell(token, self.dropout, rng) if merged else [id] for _ in range(VARIANTS)]
-        self.other[id] = [spelling != [id] for spelling in self.of[id]]
+        self.variants[id] = [self.spell(token, self.dropout, rng) if merged else [id] for _ in range(VARIANTS)]
+        self.differs[id] = [spelling != [id] for spelling in self.variants[id]]
 
     def batches(self, drawn: Callable[[int], Iterator[Tensor]], start: int) -> Iterator[Tensor]:
         """Yield batches (B,T) as `drawn` from number `start` on, each token in one of its spellings; rows are cut to T.
         Batch n depends on the seed, on the batch that is drawn, and on n alone."""
         for number, batch in enumerate(drawn(start), start):
-            for id in set(batch.unique().tolist()) - self.of.keys():
-                self.meet(id)
+            for id in set(batch.unique().tolist()) - self.variants.keys():
+                self.draw(id)
             which = np.random.default_rng((self.seed, number, VARIANTS)).integers(VARIANTS, size=batch.shape)
             rows = batch.tolist()
-            for row, column in np.argwhere(self.other[batch.numpy(), which])[::-1]:  # from the end: places stay right
-                rows[row][column : column + 1] = self.of[rows[row][column]][which[row, column]]
+            for row, column in np.argwhere(self.differs[batch.numpy(), which])[::-1]:  # from the end: places stay right
+                rows[row][column : column + 1] = self.variants[rows[row][column]][which[row, column]]
             yield torch.tensor([row[: batch.shape[1]] for row in rows])
